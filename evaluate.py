@@ -1,0 +1,413 @@
+"""Evaluates a trained run: zero-shot classification and retrieval, with intervals and chance levels.
+
+    python evaluate.py                                      the newest run, its own data, test split, all tasks
+    python evaluate.py --task retrieval --gallery out.png   and a picture of what was retrieved
+    python evaluate.py --task zero-shot --data nih-chestxray14=FOLDER covid-chestxray=FOLDER \\
+        --classes COVID-19 "No Finding"                     these two against each other
+
+Similarity is the cosine of unit-length features everywhere. A score never depends on what else is in the test set.
+"""
+
+import argparse
+import json
+import os
+import sys
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, ImageDraw, ImageFont
+
+import data
+import prompts
+from data import BadInput
+
+# ------------------------------------------------------------------------------------------------- metrics
+
+
+def relevance_at_k(similarity, query_labels, candidate_labels, ks):
+    """For each query the share of relevant candidates among its K best: P@K before the mean over queries.
+
+    Args: as for precision_at_k.
+
+    Returns:
+        {k: (Q,) float}
+    """
+    similarity, query_labels, candidate_labels = map(np.asarray, (similarity, query_labels, candidate_labels))
+    if max(ks) > similarity.shape[1]:
+        raise ValueError(f"P@{max(ks)} needs as many candidates, not {similarity.shape[1]}")
+    _, label_set = np.unique(np.concatenate([query_labels, candidate_labels]), axis=0, return_inverse=True)
+    query_set, candidate_set = np.split(label_set.reshape(-1), [len(query_labels)])
+    relevant = (query_set[:, None] == candidate_set) & query_labels.any(1)[:, None]
+    best = np.lexsort((relevant, -similarity), axis=1)[
+        :, : max(ks)
+    ]  # of equal ones the irrelevant come first
+    hits = np.take_along_axis(relevant, best, axis=1).cumsum(1)
+    return {k: hits[:, k - 1] / k for k in ks}
+
+
+def precision_at_k(similarity, query_labels, candidate_labels, ks=(1, 2, 5, 10)):
+    """Class-level Precision@K: P@K = mean over queries of (relevant candidates among the K best) / K.
+
+    A candidate is relevant when its findings equal the query's; without findings it is never relevant. Ties count
+    against the query. The query's own text stays among the candidates (family: GLoRIA).
+
+    Args:
+        similarity: (Q, K) float, larger is nearer. query_labels: (Q, C) bool. candidate_labels: (K, C) bool.
+
+    Returns:
+        {k: float in 0 ... 1}
+
+    Raises:
+        ValueError: there are fewer candidates than the largest k.
+    """
+    return {
+        k: float(v.mean()) for k, v in relevance_at_k(similarity, query_labels, candidate_labels, ks).items()
+    }
+
+
+def own_rank(similarity):
+    """(N, N) float, row i belongs to column i -> (N,) int, how many other candidates are as near or nearer."""
+    similarity = np.asarray(similarity)
+    return (similarity >= similarity.diagonal()[:, None]).sum(1) - 1
+
+
+def recall_at_k(similarity, ks=(1, 5, 10)):
+    """Instance-level Recall@K: the share of queries whose own partner is among their K best.
+
+    Ties count against the query, so a partner with a duplicate is not found at K = 1.
+
+    Args:
+        similarity: (N, N) float, row i belongs to column i.
+
+    Returns:
+        {k: float in 0 ... 1}
+    """
+    rank = own_rank(similarity)
+    return {k: float((rank < k).mean()) for k in ks}
+
+
+def auroc(scores, labels):
+    """Chance that a positive scores higher than a negative, ties counted half.
+
+    Args:
+        scores: (N,) float. labels: (N,) bool.
+
+    Returns:
+        float in 0 ... 1, nan when a class is absent.
+    """
+    scores, labels = np.asarray(scores), np.asarray(labels, dtype=bool)
+    positive, negative = scores[labels], np.sort(scores[~labels])
+    if len(positive) == 0 or len(negative) == 0:
+        return float("nan")
+    below = np.searchsorted(negative, positive, "left") + np.searchsorted(negative, positive, "right")
+    return float(below.sum() / 2 / len(positive) / len(negative))
+
+
+def balanced_accuracy(predicted, true):
+    """Mean over the classes of `true` of the share of their rows that are predicted right: two (N,) int -> float."""
+    return float(np.mean([(predicted[true == label] == label).mean() for label in np.unique(true)]))
+
+
+def bootstrap_ci(metric, *arrays, n=1000, seed=0):
+    """Percentile interval of metric(*arrays), 95 %: rows are drawn with replacement n times, alike in all arrays.
+
+    Returns:
+        (low, high)
+    """
+    rng, rows = np.random.default_rng(seed), len(arrays[0])
+    draws = (rng.integers(rows, size=rows) for _ in range(n))
+    values = [metric(*(array[draw] for array in arrays)) for draw in draws]
+    return tuple(float(v) for v in np.nanpercentile(values, (2.5, 97.5)))
+
+
+def measured(metric, *arrays, chance, draws, **counts):
+    """One entry of the results: the value, its interval from `draws` bootstrap draws (0: none), chance and counts."""
+    entry = {"value": float(metric(*arrays)), "chance": float(chance), "n": len(arrays[0]), **counts}
+    if draws:
+        entry["low"], entry["high"] = bootstrap_ci(metric, *arrays, n=draws)
+    return entry
+
+
+# ------------------------------------------------------------------------------------------------ features
+
+
+class Encoded(NamedTuple):
+    """Features of N records, R of them with a report, and what is known of C findings."""
+
+    records: list
+    findings: list
+    image_features: np.ndarray  # (N, D) float32, unit length
+    report_features: np.ndarray  # (R, D) float32, unit length
+    report_rows: np.ndarray  # (R,) int, the record of each report
+    present: np.ndarray  # (N, C) bool
+    absent: np.ndarray  # (N, C) bool
+
+
+@torch.no_grad()
+def encode(run, records, skip_bad_images=False):
+    """Records -> Encoded, in their order; images that cannot be read are refused, or left out."""
+    from train import move  # train imports this module
+
+    run.model.eval()
+    findings = data.vocabulary(records)
+    loader = torch.utils.data.DataLoader(
+        data.Images(records, data.evaluation_transform(run.args.image_size)),
+        run.args.batch_size,
+        collate_fn=data.Collate(records, findings, None, run.tokenizer, run.args.max_length),
+        num_workers=run.args.workers,
+    )
+    rows, report_rows, image_features, report_features = [], [], [], []
+    for batch in loader:
+        if batch.unreadable and not skip_bad_images:
+            raise BadInput(batch.unreadable[0])
+        report_rows.append(sum(map(len, rows)) + batch.report_rows)
+        rows.append(batch.rows)
+        batch = move(batch, run.device)
+        with run.autocast():
+            if len(batch.rows):
+                image_features.append(run.model.encode_image(batch.images))
+            report_features += [run.model.encode_text(*piece) for piece in batch.reports]
+    rows, report_rows = torch.cat(rows), torch.cat(report_rows)
+    if not len(rows):
+        raise BadInput("none of the images can be read")
+    report_features = (
+        torch.cat(report_features).cpu()[report_rows.argsort()] if report_features else torch.zeros(0, 1)
+    )
+    records = [records[row] for row in rows.tolist()]
+    return Encoded(
+        records,
+        findings,
+        torch.cat(image_features).cpu().numpy(),
+        report_features.numpy(),
+        report_rows.sort().values.numpy(),
+        *(labels.numpy() for labels in data.label_matrices(records, findings)),
+    )
+
+
+@torch.no_grad()
+def encode_findings(run, findings, prompt_set):
+    """Class features: the mean of a finding's prompt features, at unit length again -> (C, D) float32."""
+    features = []
+    for texts in prompts.prompt_set(findings, prompt_set).values():
+        with run.autocast():
+            each = run.model.encode_prompt(*(tokens.to(run.device) for tokens in run.prompt_tokens(texts)))
+        features.append(torch.nn.functional.normalize(each.mean(0), dim=0).cpu())
+    return torch.stack(features).numpy()
+
+
+# --------------------------------------------------------------------------------------------------- tasks
+
+
+def zero_shot(run, encoded, *, prompt_set=None, classes=None, draws=1000):
+    """Classification by the nearest label prompt (paper).
+
+    Accuracy and balanced accuracy over the images with exactly one of the classes; AUROC of each finding over the
+    images in which it is known to be present or absent, scored by the cosine with its prompt.
+
+    Args:
+        prompt_set: see prompts.prompt_set; None is the template of training.
+        classes: names; None takes all findings of the records. draws: of the bootstrap; 0 for no interval.
+
+    Returns:
+        {metric: entry as measured makes it}; nothing where no record has a label.
+    """
+    classes = classes or encoded.findings
+    unknown = [name for name in classes if name not in encoded.findings]
+    if unknown:
+        raise BadInput(f"no image of this data has {unknown[0]!r}; it has {', '.join(encoded.findings)}")
+    if not classes:
+        return {}
+    columns = [encoded.findings.index(name) for name in classes]
+    scores = (
+        encoded.image_features @ encode_findings(run, classes, prompt_set or run.args.template).T
+    )  # (N, classes)
+    present, absent = encoded.present[:, columns], encoded.absent[:, columns]
+
+    results = {}
+    single = present.sum(1) == 1
+    if single.any() and len(classes) > 1:
+        true, predicted = present[single].argmax(1), scores[single].argmax(1)
+        chance = 1 / len(classes)
+        results["accuracy"] = measured(np.mean, predicted == true, chance=chance, draws=draws)
+        results["balanced accuracy"] = measured(
+            balanced_accuracy, predicted, true, chance=chance, draws=draws
+        )
+    for column, name in enumerate(classes):
+        known = present[:, column] | absent[:, column]
+        labels = present[known, column]
+        if labels.any() and not labels.all():
+            entry = measured(
+                auroc, scores[known, column], labels, chance=0.5, draws=draws, positives=int(labels.sum())
+            )
+            results[f"AUROC {name}"] = entry
+    values = [entry["value"] for metric, entry in results.items() if metric.startswith("AUROC")]
+    if values:
+        results["AUROC mean"] = {"value": float(np.mean(values)), "chance": 0.5, "n": len(values)}
+    return results
+
+
+def retrieval(run, encoded, *, draws=1000):
+    """Images and reports, both ways: i2t has images as queries and reports as candidates, t2i the reverse.
+
+    P@K (class level, paper) over the pairs with known findings, R@K (instance level) over all pairs. K beyond the
+    number of candidates is left out.
+
+    Returns:
+        {"i2t_P@1": entry as measured makes it, ...}; nothing where no record has a report.
+    """
+    images, labels = encoded.image_features[encoded.report_rows], encoded.present[encoded.report_rows]
+    known = labels.any(1)
+    results = {}
+    for way, queries, candidates in (
+        ("i2t", images, encoded.report_features),
+        ("t2i", encoded.report_features, images),
+    ):
+        if known.any():
+            similarity, sets = queries[known] @ candidates[known].T, labels[known]
+            ks = [k for k in (1, 2, 5, 10) if k <= len(sets)]
+            _, counts = np.unique(sets, axis=0, return_counts=True)
+            chance = (counts**2).sum() / len(sets) ** 2  # a random candidate has the query's findings
+            for k, shares in relevance_at_k(similarity, sets, sets, ks).items():
+                results[f"{way}_P@{k}"] = measured(
+                    np.mean, shares, chance=chance, draws=draws, candidates=len(sets)
+                )
+        if len(queries):
+            rank = own_rank(queries @ candidates.T)
+            for k in (k for k in (1, 5, 10) if k <= len(rank)):
+                entry = measured(np.mean, rank < k, chance=k / len(rank), draws=draws, candidates=len(rank))
+                results[f"{way}_R@{k}"] = entry
+    return results
+
+
+TASKS = {"zero-shot": zero_shot, "retrieval": retrieval}
+
+
+def quick_scores(run, records):
+    """What train watches after each epoch: the metrics without intervals -> {name: float}."""
+    encoded = encode(run, records, run.args.skip_bad_images)
+    results = zero_shot(run, encoded, draws=0) | retrieval(run, encoded, draws=0)
+    watched = ("balanced accuracy", "i2t_P@1")
+    return {name: results[name]["value"] for name in watched if name in results}
+
+
+def gallery(run, encoded, path, rows=6, columns=3):
+    """A picture of some query images, each with its nearest reports; a green frame has the query's findings."""
+    if not len(encoded.report_features):
+        raise BadInput("a gallery needs reports, and these data have none")
+    images, labels = encoded.image_features[encoded.report_rows], encoded.present[encoded.report_rows]
+    queries = np.linspace(0, len(images) - 1, min(rows, len(images))).round().astype(int)
+    side, font, tiles = 224, ImageFont.load_default(13), []
+    for query in queries:
+        record = encoded.records[encoded.report_rows[query]]
+        tile = Image.new("RGB", (side, side + 22), "white")
+        tile.paste(data.read_image(record.image).resize((side, side)), (0, 22))
+        ImageDraw.Draw(tile).text((4, 3), ", ".join(sorted(record.findings)), "black", font)
+        tiles.append(tile)
+        for rank, near in enumerate((-(images[query] @ encoded.report_features.T)).argsort()[:columns], 1):
+            found = encoded.records[encoded.report_rows[near]]
+            right = (labels[near] == labels[query]).all() and labels[query].any()
+            tile = Image.new("RGB", (side, side + 22), "white")
+            draw = ImageDraw.Draw(tile)
+            draw.rectangle((1, 1, side - 2, side + 20), outline="green" if right else "red", width=3)
+            title = f"{rank}. {'right' if right else 'wrong'}{', its own' if near == query else ''}"
+            lines = [title, ", ".join(sorted(found.findings)), "", *textwrap.wrap(found.report, 34)]
+            draw.multiline_text((8, 6), "\n".join(lines[:14]), "black", font)
+            tiles.append(tile)
+    tiles = torch.stack([torchvision.transforms.functional.pil_to_tensor(tile) for tile in tiles])
+    grid = torchvision.utils.make_grid(tiles, nrow=1 + columns, pad_value=255)
+    torchvision.transforms.functional.to_pil_image(grid).save(path)
+
+
+# ------------------------------------------------------------------------------------------------- program
+
+
+def newest_checkpoint():
+    """The best checkpoint of the run that was written last -> path."""
+    found = sorted(Path("runs").glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise BadInput(
+            "there is no run under runs/ yet: `python train.py` makes one, --checkpoint names another"
+        )
+    return found[-1]
+
+
+def print_table(results):
+    print(f"{'':32}{'value':>8}{'95 % interval':>18}{'chance':>8}{'n':>7}")
+    for task, metrics in results.items():
+        for metric, entry in metrics.items():
+            interval = f"{entry['low']:.3f} to {entry['high']:.3f}" if "low" in entry else ""
+            name = f"{task}  {metric}"
+            print(f"{name:32}{entry['value']:8.3f}{interval:>18}{entry['chance']:8.3f}{entry['n']:7}")
+
+
+def build_parser():
+    p = argparse.ArgumentParser(description="Evaluate a run of train.py.", allow_abbrev=False)
+    p.add_argument("--task", choices=[*TASKS, "all"], default="all")
+    p.add_argument("--checkpoint", help="RUN or RUN/best.pt; default the newest run's best")
+    p.add_argument("--data", nargs="+", metavar="NAME[=ROOT]", help="default: what the run was trained on")
+    p.add_argument("--split", choices=data.SPLITS, default="test")
+    p.add_argument("--limit", type=int, help="only the first N records of each data set")
+    p.add_argument(
+        "--classes", nargs="+", help='zero-shot between these findings alone, such as COVID-19 "No Finding"'
+    )
+    p.add_argument(
+        "--prompt-set",
+        choices=[*prompts.TEMPLATES, "ensemble"],
+        help="prompts for zero-shot; default the trained template; ensemble: all wordings in all templates",
+    )
+    p.add_argument("--out", metavar="FILE.json", help="write the results there")
+    p.add_argument(
+        "--gallery", metavar="FILE.png", help="draw queries with what they retrieve; shows report text"
+    )
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    p.add_argument("--skip-bad-images", action="store_true", help="leave unreadable images out")
+    return p
+
+
+def evaluate(args):
+    """Runs the tasks, prints the table, writes what was asked for."""
+    import train  # train imports this module
+
+    path = Path(args.checkpoint) if args.checkpoint else newest_checkpoint()
+    run = train.load_checkpoint(path / "best.pt" if path.is_dir() else path)
+    run.args.device = args.device
+    run.model.to(train.resolve_machine(run.args))
+    specs = args.data or run.args.data
+    encoded = encode(run, data.load_records(specs, args.split, args.limit), args.skip_bad_images)
+
+    results = {}
+    for task in TASKS if args.task == "all" else [args.task]:
+        options = {"prompt_set": args.prompt_set, "classes": args.classes} if task == "zero-shot" else {}
+        results[task] = TASKS[task](run, encoded, **options)
+        if not results[task]:
+            lacking = "labels" if task == "zero-shot" else "reports"
+            if args.task != "all":
+                raise BadInput(
+                    f"{task} needs {lacking}, and the {args.split} split of {', '.join(specs)} has none"
+                )
+            print(f"{task} is left out: these data have no {lacking}")
+    print(f"{path}, {args.split} split of {', '.join(specs)}, {len(encoded.records)} images")
+    print_table(results)
+    if args.out:
+        temporary = Path(f"{args.out}.tmp")
+        temporary.write_text(json.dumps(results, indent=2) + "\n")
+        os.replace(temporary, args.out)
+    if args.gallery:
+        gallery(run, encoded, args.gallery)
+    return 0
+
+
+def main(argv=None):
+    try:
+        return evaluate(build_parser().parse_args(argv))
+    except BadInput as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

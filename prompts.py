@@ -1,0 +1,96 @@
+"""Findings as text: wordings, discrete templates, zero-shot prompt sets, and the continuous prompt.
+
+A label becomes text by a prompt (paper): a discrete template around the finding's name, and before it
+learnable vectors in place of word embeddings, trained end to end. Templates and wordings are ours.
+"""
+
+import torch
+import torch.nn as nn
+
+# Finding -> how it may be worded; the first wording is the one that is trained. A finding that is not listed
+# is worded by its own name in lower case.
+WORDINGS = {
+    "No Finding": ("no acute cardiopulmonary abnormality", "normal lungs and heart"),
+    "Atelectasis": ("atelectasis", "collapsed lung"),
+    "Cardiomegaly": ("cardiomegaly", "an enlarged heart"),
+    "Consolidation": ("consolidation", "airspace opacity"),
+    "Edema": ("pulmonary edema", "vascular congestion"),
+    "Pleural Effusion": ("pleural effusion", "pleural fluid"),
+    "Pneumonia": ("pneumonia", "lung infection"),
+    "COVID-19": ("COVID-19 pneumonia", "bilateral ground glass opacities"),
+    "Head": ("the head", "the brain"),
+    "Thorax": ("the thorax", "the chest"),
+    "Abdomen": ("the abdomen", "abdominal organs"),
+    "Spine and Muscles": ("the spine and muscles", "the musculoskeletal system"),
+    "Reproductive and Urinary System": ("the reproductive and urinary system", "the pelvis"),
+}
+
+TEMPLATES = {
+    "word": "{}",
+    "caption": "a medical image showing {}",
+    "report": "Findings: The image demonstrates {}.",
+}
+
+
+def wordings(finding):
+    """The ways to say a finding -> tuple of str, the trained one first."""
+    return WORDINGS.get(finding, (finding.replace("_", " ").lower(),))
+
+
+def label_prompt(finding, template):
+    """The text that a label becomes: the finding's first wording in a template of TEMPLATES -> str."""
+    return TEMPLATES[template].format(wordings(finding)[0])
+
+
+def prompt_set(findings, name):
+    """Zero-shot prompts of each finding.
+
+    Args:
+        findings: names.
+        name: a template, for the one prompt that training with it uses, or "ensemble", for every wording in
+            every template.
+
+    Returns:
+        {finding: [text, ...]}
+    """
+    if name != "ensemble":
+        return {finding: [label_prompt(finding, name)] for finding in findings}
+    return {
+        finding: [text.format(wording) for text in TEMPLATES.values() for wording in wordings(finding)]
+        for finding in findings
+    }
+
+
+class ContinuousPrompt(nn.Module):
+    """[p_1 ... p_M]: learnable vectors in BERT's input embeddings, shared by all findings (paper, CoOp).
+
+    Args:
+        length: M, the number of vectors. dim: BERT's hidden size.
+    """
+
+    def __init__(self, length, dim):
+        super().__init__()
+        self.context = nn.Parameter(torch.empty(length, dim))
+        nn.init.normal_(self.context, std=0.02)  # family: CoOp; BERT's own word embeddings have the same
+
+    def forward(self, embeddings, attention_mask):
+        """Inserts the vectors right after [CLS]; no token is written over and none changes its order.
+
+        Args:
+            embeddings: (B, L, dim) float, word embeddings of [CLS], the text, [SEP] and padding.
+            attention_mask: (B, L).
+
+        Returns:
+            the same two, M positions longer.
+        """
+        B, M = len(embeddings), len(self.context)
+        embeddings = torch.cat(
+            [
+                embeddings[:, :1],  # (B, 1, dim) [CLS]
+                self.context.to(embeddings.dtype).expand(B, -1, -1),  # (B, M, dim)
+                embeddings[:, 1:],  # (B, L - 1, dim) the text, [SEP], padding
+            ],
+            dim=1,
+        )
+        attention_mask = torch.cat([attention_mask.new_ones(B, M), attention_mask], dim=1)
+        return embeddings, attention_mask

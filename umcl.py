@@ -1,0 +1,443 @@
+"""UMCL: Unified Medical Image-Text-Label Contrastive Learning With Continuous Prompt.
+
+Wang, arXiv 2307.05920, BIBM 2023. The paper has no code; each choice below is marked *paper* (stated by its
+abstract or a summary of it), *family* (what the papers it builds on do) or *ours*. REPRODUCE.md has the
+equations and lists all of these choices.
+
+Symbol            Name here                        Shape and type
+B, H, W, D, L     -                                batch, height, width, embedding, tokens
+C                 -                                findings, "No Finding" among them
+x_i               images                           (B, 1, H, W) float
+t_i               input_ids, attention_mask        (B, L) int64
+y_i               labels                           (B, C) bool; a row without any is unknown
+v_i, u_j          image_features, text_features    (B, D) float, unit length
+τ                 logit_scale                      () float, at most 100, multiplies the cosine
+s_ij              logits                           (B, B) float, row = image, column = text
+F_ij              false_negatives                  (B, B) bool, True = text j could as well describe image i
+p_1 ... p_M       ContinuousPrompt.context         (prompt_length, hidden) float, in prompts.py
+M (Swin)          window_size                      positions a side of one attention window
+
+In reading order: the label mask and the loss, which are the paper's; the model; BERT's wrapper; the Swin
+Transformer.
+"""
+
+import math
+import re
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+MAX_LOGIT_SCALE = 100.0  # family: CLIP
+
+
+# ------------------------------------------------------------------------ image-text-label contrast
+
+
+def label_mask(image_labels, text_labels, rule):
+    """F: which texts could as well have been written for which images (paper: the same label).
+
+    A report speaks of the whole image, so it fits the images with exactly its findings: rule "equal",
+    y_j = y_i. A label prompt states only what it names, so it fits every image that has it all: rule
+    "subset", y_j ⊆ y_i. With one finding an image both say "same label"; the two rules are ours.
+
+    Args:
+        image_labels: (N, C) bool. text_labels: (M, C) bool, the findings that each text stands for.
+        rule: "equal" or "subset".
+
+    Returns:
+        (N, M) bool. A row without any label is unknown and is never True.
+    """
+    if rule not in ("equal", "subset"):
+        raise ValueError(f'the rule is "equal" or "subset", not {rule!r}')
+    # Counts of findings that one side has and the other lacks: only zero matters, so any float type is exact.
+    fits = (~image_labels).float() @ text_labels.float().T == 0
+    if rule == "equal":
+        fits &= image_labels.float() @ (~text_labels).float().T == 0
+    return fits & image_labels.any(1)[:, None] & text_labels.any(1)[None, :]
+
+
+def contrastive_loss(image_features, text_features, logit_scale, false_negatives=None):
+    """L = ½ (L_i→t + L_t→i), without the pairs that the labels call false negatives (REPRODUCE.md, the loss).
+
+    Args:
+        image_features, text_features: (N, D) float, unit length; row i of one belongs to row i of the other.
+        logit_scale: () float, multiplies the cosine.
+        false_negatives: (N, N) bool, True removes the pair; None is CLIP's loss. The diagonal always counts.
+
+    Returns:
+        () float in nats, mean of image-to-text and text-to-image.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    n = len(image_features)
+    if image_features.shape != text_features.shape or image_features.ndim != 2 or n == 0:
+        raise ValueError(
+            "image and text features need one and the same shape (N, D) with N > 0, "
+            f"not {tuple(image_features.shape)} and {tuple(text_features.shape)}"
+        )
+    if false_negatives is not None and false_negatives.shape != (n, n):
+        raise ValueError(f"false_negatives needs the shape {(n, n)}, not {tuple(false_negatives.shape)}")
+
+    logits = logit_scale * image_features @ text_features.T  # s_ij
+    if false_negatives is not None:
+        own = torch.eye(n, dtype=torch.bool, device=logits.device)
+        logits = logits.masked_fill(false_negatives & ~own, -math.inf)
+    target = torch.arange(n, device=logits.device)
+    loss_i2t = F.cross_entropy(logits, target)
+    loss_t2i = F.cross_entropy(logits.T, target)
+    return (loss_i2t + loss_t2i) / 2
+
+
+class UMCL(nn.Module):
+    """Two towers and one space for images, reports and label prompts (paper).
+
+    Args:
+        image_encoder: images -> (B, image_encoder.num_features), a SwinTransformer.
+        text_encoder: a TextEncoder.
+        prompt: a ContinuousPrompt, or None to encode label prompts as plain text.
+        embed_dim: D (not in the paper; MedCLIP uses 512).
+    """
+
+    def __init__(self, image_encoder, text_encoder, prompt, *, embed_dim=512):
+        super().__init__()
+        self.image_encoder = image_encoder
+        self.text_encoder = text_encoder
+        self.prompt = prompt
+        self.image_projection = nn.Linear(image_encoder.num_features, embed_dim, bias=False)  # W_v
+        self.text_projection = nn.Linear(text_encoder.num_features, embed_dim, bias=False)  # W_u
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # family: CLIP's temperature
+        for projection in (self.image_projection, self.text_projection):
+            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)  # family: CLIP
+
+    def encode_image(self, images):
+        """(B, in_chans, H, W) float -> v (B, D) float32, unit length."""
+        return F.normalize(self.image_projection(self.image_encoder(images)).float(), dim=-1)
+
+    def encode_text(self, input_ids, attention_mask):
+        """Reports: (B, L) int64, (B, L) -> u (B, D) float32, unit length."""
+        return F.normalize(self.text_projection(self.text_encoder(input_ids, attention_mask)).float(), dim=-1)
+
+    def encode_prompt(self, input_ids, attention_mask):
+        """Label prompts, continuous prompt put in: (B, L) int64, (B, L) -> u (B, D) float32, unit length."""
+        hidden = self.text_encoder(input_ids, attention_mask, self.prompt)
+        return F.normalize(self.text_projection(hidden).float(), dim=-1)
+
+    def logit_scale(self):
+        """τ: () float, exp of the learned log-scale, at most 100 (family: CLIP)."""
+        return self.log_scale.exp().clamp(max=MAX_LOGIT_SCALE)
+
+
+class TextEncoder(nn.Module):
+    """BERT (paper: BioClinicalBERT) whose input embeddings may receive a continuous prompt.
+
+    Args:
+        bert: any transformers BertModel; a pooling layer, if it has one, is not used.
+    """
+
+    def __init__(self, bert):
+        super().__init__()
+        self.bert = bert
+        self.num_features = bert.config.hidden_size
+
+    def forward(self, input_ids, attention_mask, prompt=None):
+        """(B, L) int64, (B, L) -> (B, hidden) float, the last layer's mean over the text's own tokens (ours).
+
+        prompt: a ContinuousPrompt, put between [CLS] and the text before BERT adds its positions; None is
+            plain BERT. Its vectors act on the text by attention; in the mean they would outvote it.
+        """
+        embeddings, real = self.bert.get_input_embeddings()(input_ids), attention_mask
+        if prompt is not None:
+            embeddings, attention_mask = prompt(embeddings, attention_mask)
+        hidden = self.bert(inputs_embeds=embeddings, attention_mask=attention_mask).last_hidden_state
+        if prompt is not None:
+            hidden = torch.cat([hidden[:, :1], hidden[:, 1 + len(prompt.context) :]], dim=1)
+        real = real[:, :, None].to(hidden.dtype)
+        return (hidden * real).sum(1) / real.sum(1)
+
+
+# ------------------------------------------------------------------------------- Swin Transformer
+#
+# Liu et al., arXiv 2103.14030. Tokens lie window by window from the patch embedding on, not row by row, so
+# that attention in windows is a view. A shifted block and a merge then move tokens by one fixed permutation
+# each, where the original rolls, cuts into windows, puts together and rolls back.
+
+
+def window_order(side, window_size, shift=0):
+    """Row-major places of a (side, side) map, window by window; `shift` moves the windows down and right.
+
+    Returns:
+        (side²,) int64, a permutation.
+    """
+    places = torch.arange(side * side).view(side, side).roll((-shift, -shift), (0, 1))
+    n = side // window_size
+    return places.view(n, window_size, n, window_size).transpose(1, 2).flatten()
+
+
+class Permutation(nn.Module):
+    """Tokens (B, L, C) -> (B, L, C) in the given order, (L,) int64."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("inverse", order.argsort(), persistent=False)
+
+    def forward(self, x):
+        return _Reorder.apply(x, self.order, self.inverse)
+
+
+class _Reorder(torch.autograd.Function):
+    """x[:, order] with a gather for its gradient; autograd's own scatters and adds, several times slower."""
+
+    @staticmethod
+    def forward(ctx, x, order, inverse):
+        ctx.save_for_backward(order, inverse)
+        return x[:, order]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        order, inverse = ctx.saved_tensors
+        return _Reorder.apply(gradient, inverse, order), None, None
+
+
+class WindowAttention(nn.Module):
+    """Softmax(q kᵀ / √d + bias) v in each window of its own; bias is looked up by relative position (Swin,
+    eq. 4).
+
+    Args:
+        blocked: (L / window_size², window_size², window_size²) bool, True where a query must not see a key
+            because the shift brought them into one window from opposite edges; None without a shift.
+    """
+
+    def __init__(self, dim, num_heads, window_size, blocked=None):
+        super().__init__()
+        self.num_heads = num_heads
+        self.area = window_size**2
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+        place = torch.cartesian_prod(torch.arange(window_size), torch.arange(window_size))  # (area, 2)
+        offset = place[:, None] - place[None, :] + window_size - 1  # (area, area, 2), none below 0
+        index = offset[..., 0] * (2 * window_size - 1) + offset[..., 1]
+        self.register_buffer("relative_position_index", index, persistent=False)
+        self.register_buffer("blocked", blocked, persistent=False)
+
+    def bias(self):
+        """(heads, area, area) without a shift, (windows, heads, area, area) with one."""
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
+        return bias if self.blocked is None else bias.masked_fill(self.blocked[:, None], -math.inf)
+
+    def forward(self, x):
+        B, L, C = x.shape
+        qkv = self.qkv(x).view(B, L // self.area, self.area, 3, self.num_heads, C // self.num_heads)
+        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)  # each (B, windows, heads, area, C / heads)
+        attention = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + self.bias().to(q.dtype)
+        out = attention.softmax(-1).to(v.dtype) @ v
+        return self.proj(out.transpose(2, 3).reshape(B, L, C))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drops the branch for a share of the samples and scales the others up to match."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x):
+        if not self.training or self.rate == 0:
+            return x
+        keep = 1 - self.rate
+        return x * x.new_empty(len(x), 1, 1).bernoulli_(keep).div_(keep)
+
+
+class SwinBlock(nn.Module):
+    """(B, L, C) -> (B, L, C): W-MSA, or with a shift SW-MSA, and an MLP, each a branch after a norm."""
+
+    def __init__(self, dim, num_heads, side, window_size, shift, drop_path):
+        super().__init__()
+        blocked = None
+        self.shift = self.unshift = nn.Identity()
+        if shift:
+            plain, shifted = window_order(side, window_size), window_order(side, window_size, shift)
+            self.shift = Permutation(plain.argsort()[shifted])
+            self.unshift = Permutation(self.shift.inverse)
+            wrapped = torch.arange(side) < shift  # these rows and columns come round from the opposite edge
+            region = (2 * wrapped[:, None].long() + wrapped[None, :].long()).flatten()
+            region = region[shifted].view(-1, window_size**2)
+            blocked = region[:, :, None] != region[:, None, :]
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = WindowAttention(dim, num_heads, window_size, blocked)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x):
+        x = x + self.drop_path(self.unshift(self.attn(self.shift(self.norm1(x)))))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchMerging(nn.Module):
+    """(B, L, C) -> (B, L / 4, 2C): each 2 x 2 patch of the map becomes one token."""
+
+    def __init__(self, dim, side, window_size, next_window_size):
+        super().__init__()
+        where = window_order(side, window_size).argsort().view(side // 2, 2, side // 2, 2)
+        quads = where.permute(0, 2, 3, 1).reshape(-1, 4)  # down a column first, the original's order
+        self.gather = Permutation(quads[window_order(side // 2, next_window_size)].flatten())
+        self.norm = nn.LayerNorm(4 * dim)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x):
+        B, L, C = x.shape
+        return self.reduction(self.norm(self.gather(x).view(B, L // 4, 4 * C)))
+
+
+class SwinTransformer(nn.Module):
+    """Swin Transformer on square images (paper: the image encoder); the defaults are Swin-T for grey images.
+
+    Where a map is no larger than the window, the window is the map and nothing is shifted.
+
+    Args:
+        drop_path: stochastic depth of the last block; it grows from 0 in equal steps.
+
+    Raises:
+        ValueError: the image cannot be cut into whole patches, windows and merges.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size=224,
+        in_chans=1,
+        patch_size=4,
+        embed_dim=96,
+        depths=(2, 2, 6, 2),
+        num_heads=(3, 6, 12, 24),
+        window_size=7,
+        drop_path=0.0,
+    ):
+        super().__init__()
+        stages = len(depths)
+        sides = [image_size // (patch_size * 2**i) for i in range(stages)]
+        windows = [min(window_size, side) for side in sides]
+        if len(num_heads) != stages:
+            raise ValueError(f"{stages} depths need as many numbers of heads, not {len(num_heads)}")
+        if sides[-1] * patch_size * 2 ** (stages - 1) != image_size or any(
+            side % window for side, window in zip(sides, windows, strict=True)
+        ):
+            fits = patch_size * 2 ** (stages - 1) * window_size
+            raise ValueError(
+                f"an image of {image_size} pixels gives maps of {sides} positions a side, which do not "
+                f"divide into windows of {window_size}; {fits} pixels would fit"
+            )
+        self.num_features = embed_dim * 2 ** (stages - 1)
+        rates = torch.linspace(0, drop_path, sum(depths)).tolist()
+
+        self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
+        self.patch_norm = nn.LayerNorm(embed_dim)
+        self.register_buffer("first_order", window_order(sides[0], windows[0]), persistent=False)
+        self.merges = nn.ModuleList()  # merges[i] leads into stages[i]
+        self.stages = nn.ModuleList()
+        for i, (side, window, depth, heads) in enumerate(zip(sides, windows, depths, num_heads, strict=True)):
+            dim = embed_dim * 2**i
+            shifts = [window // 2 if j % 2 == 1 and window < side else 0 for j in range(depth)]
+            blocks = [SwinBlock(dim, heads, side, window, shift, rates.pop(0)) for shift in shifts]
+            merge = PatchMerging(dim // 2, sides[i - 1], windows[i - 1], window) if i > 0 else nn.Identity()
+            self.merges.append(merge)
+            self.stages.append(nn.Sequential(*blocks))
+        self.norm = nn.LayerNorm(self.num_features)
+        self.apply(self._init)
+
+    @staticmethod
+    def _init(module):
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(self, images):
+        """(B, in_chans, H, W) float -> (B, num_features), mean over the last map after its norm."""
+        x = (
+            self.patch_embed(images).flatten(2)[:, :, self.first_order].transpose(1, 2)
+        )  # (B, L, C), window by window
+        x = self.patch_norm(x)
+        for merge, blocks in zip(self.merges, self.stages, strict=True):
+            x = blocks(merge(x))
+        return self.norm(x).mean(1)
+
+
+def swin_tiny(**overrides):
+    """Swin-T (paper: "Swin Transformer"; Tiny is the size that MedCLIP uses) -> SwinTransformer."""
+    return SwinTransformer(**overrides)
+
+
+_SWIN_NAMES = (  # torchvision | Microsoft, timm | transformers before 5 | transformers from 5 -> ours
+    (r"^(module\.|swin\.|encoder\.)+", ""),
+    (r"^(features\.0\.0|patch_embed\.proj|embeddings\.patch_embeddings\.projection)\.", "patch_embed."),
+    (r"^(features\.0\.2|patch_embed\.norm|embeddings\.norm)\.", "patch_norm."),
+    (r"^features\.(\d+)\.(?=\d)", lambda m: f"stages.{int(m[1]) // 2}."),
+    (r"^features\.(\d+)\.", lambda m: f"merges.{int(m[1]) // 2}."),
+    (r"^layers\.(\d+)\.blocks\.", r"stages.\1."),
+    (r"^layers\.(\d+)\.downsample\.", r"merges.\1."),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.attention\.(?:self\.)?(query|key|value|q_proj|k_proj|v_proj)\.", lambda m: f".attn.{m[1][0]}."),
+    (r"\.attention\..*relative_position_bias_table$", ".attn.relative_position_bias_table"),
+    (r"\.(layernorm_before)\.", ".norm1."),
+    (r"\.(layernorm_after)\.", ".norm2."),
+    (r"\.(mlp\.fc1|intermediate\.dense)\.", ".mlp.0."),
+    (r"\.(mlp\.fc2|mlp\.3|output\.dense)\.", ".mlp.2."),
+    (r"^layernorm\.", "norm."),
+)
+_NOT_OURS = re.compile(
+    r"^(head|classifier)\.|relative_position_index$|attn_mask$"
+)  # classifier heads; derived tables
+
+
+def load_swin_weights(swin, state_dict):
+    """Puts pre-trained weights into a SwinTransformer, in place.
+
+    Args:
+        swin: a SwinTransformer of the same sizes.
+        state_dict: with torchvision's, Microsoft's, timm's, transformers' or our own key names. RGB patch
+            weights are summed onto one channel when the model takes one: the same as showing it the grey
+                image three times.
+
+    Raises:
+        ValueError: something other than a classifier head is missing, left over or of another shape.
+    """
+    # Microsoft keeps a merge at the end of a stage, timm at the start of the next, under the same name.
+    ends_a_stage = any(re.search(r"layers\.0\.downsample\.", key) for key in state_dict)
+    weights = {}
+    for key, value in state_dict.items():
+        for pattern, ours in _SWIN_NAMES:
+            key = re.sub(pattern, ours, key)
+        if ends_a_stage:
+            key = re.sub(r"^merges\.(\d+)\.", lambda m: f"merges.{int(m[1]) + 1}.", key)
+        if not _NOT_OURS.search(key):
+            weights[key] = value
+    for key in [key for key in weights if ".attn.q." in key]:  # transformers keeps the three apart
+        parts = [weights.pop(key.replace(".attn.q.", f".attn.{name}."), torch.empty(0)) for name in "qkv"]
+        if len({part.shape for part in parts}) == 1:
+            weights[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
+    patches = weights.get("patch_embed.weight")
+    if (
+        patches is not None
+        and patches.ndim == 4
+        and patches.shape[1] == 3
+        and swin.patch_embed.in_channels == 1
+    ):
+        weights["patch_embed.weight"] = patches.sum(1, keepdim=True)
+
+    expected = swin.state_dict()
+    faults = [f"{key} is missing" for key in expected.keys() - weights.keys()]
+    faults += [f"{key} is left over" for key in weights.keys() - expected.keys()]
+    for key in expected.keys() & weights.keys():
+        if weights[key].shape != expected[key].shape:
+            faults.append(f"{key} is {tuple(weights[key].shape)} instead of {tuple(expected[key].shape)}")
+    if faults:
+        first = "; ".join(sorted(faults)[:4])
+        raise ValueError(f"not the weights of this Swin Transformer: {first} ({len(faults)} faults in all)")
+    swin.load_state_dict(weights)
