@@ -150,7 +150,9 @@ def read_table(path, columns):
 
 def medpix2(root, split):
     """MedPix 2.0: image, caption and location category, in its official splits; a patient is one case."""
-    categories = {"Abdomen", "Head", "Reproductive and Urinary System", "Spine and Muscles", "Thorax"}
+    categories = frozenset(
+        {"Abdomen", "Head", "Reproductive and Urinary System", "Spine and Muscles", "Thorax"}
+    )
     files = {"train": "train", "valid": "dev", "test": "test"}
     splits = {}
     for name, file in files.items():
@@ -158,7 +160,7 @@ def medpix2(root, split):
         if not path.is_file():
             raise BadInput(f"{path} is not there; medpix2 needs it and images/ beside splitted_dataset/")
         splits[name] = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(path.open(encoding="utf-8"), 1):
             try:
                 row = json.loads(line)
                 image = Path(root, "images", row["image"] + ".png")
@@ -166,8 +168,8 @@ def medpix2(root, split):
             except (ValueError, KeyError, TypeError) as error:
                 raise BadInput(f"{path}, line {number}, is not a MedPix description: {error!r}") from error
             present = frozenset({category})
-            absent = frozenset(categories - present)
-            splits[name].append(Record(image, caption.strip() or None, present, case, "medpix2", absent))
+            report = (caption or "").strip() or None
+            splits[name].append(Record(image, report, present, case, "medpix2", categories - present))
     return pick_split(splits, split)
 
 
@@ -384,6 +386,22 @@ class Collate:
             prompt_rows=prompt_rows,
             unreadable=unreadable,
         )
+
+
+def to_device(batch, device):
+    """A Batch, or anything in it, on the device."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, tuple):
+        return type(batch)(*(to_device(item, device) for item in batch))
+    return [to_device(item, device) for item in batch] if isinstance(batch, list) else batch
+
+
+def count_unreadable(batch, skip):
+    """How many images of a batch could not be read; the first is refused unless they are to be skipped."""
+    if batch.unreadable and not skip:
+        raise BadInput(batch.unreadable[0])
+    return len(batch.unreadable)
 
 
 # ------------------------------------------------------------------------------------------------- phantoms

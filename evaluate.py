@@ -1,11 +1,11 @@
 """Evaluates a trained run: zero-shot classification and retrieval, with intervals and chance levels.
 
-    python evaluate.py                                      the newest run, its own data, test split, all tasks
+    python evaluate.py                                      the newest run, all tasks, on its own test split
     python evaluate.py --task retrieval --gallery out.png   and a picture of what was retrieved
     python evaluate.py --task zero-shot --data nih-chestxray14=FOLDER covid-chestxray=FOLDER \\
         --classes COVID-19 "No Finding"                     these two against each other
 
-Similarity is the cosine of unit-length features everywhere. A score never depends on what else is in the test set.
+Similarity is the cosine of unit-length features. No score depends on what else is in the test set.
 """
 
 import argparse
@@ -52,8 +52,8 @@ def relevance_at_k(similarity, query_labels, candidate_labels, ks):
 def precision_at_k(similarity, query_labels, candidate_labels, ks=(1, 2, 5, 10)):
     """Class-level Precision@K: P@K = mean over queries of (relevant candidates among the K best) / K.
 
-    A candidate is relevant when its findings equal the query's; without findings it is never relevant. Ties count
-    against the query. The query's own text stays among the candidates (family: GLoRIA).
+    A candidate is relevant when its findings equal the query's; without findings it is never relevant. Ties
+    count against the query. The query's own text stays among the candidates (family: GLoRIA).
 
     Args:
         similarity: (Q, K) float, larger is nearer. query_labels: (Q, C) bool. candidate_labels: (K, C) bool.
@@ -70,7 +70,7 @@ def precision_at_k(similarity, query_labels, candidate_labels, ks=(1, 2, 5, 10))
 
 
 def own_rank(similarity):
-    """(N, N) float, row i belongs to column i -> (N,) int, how many other candidates are as near or nearer."""
+    """(N, N) float, row i belongs to column i -> (N,) int, how many others are as near or nearer."""
     similarity = np.asarray(similarity)
     return (similarity >= similarity.diagonal()[:, None]).sum(1) - 1
 
@@ -107,13 +107,20 @@ def auroc(scores, labels):
     return float(below.sum() / 2 / len(positive) / len(negative))
 
 
+def mean_auroc(scores, labels, known):
+    """Mean over the columns in which both classes occur, each over its known rows: (N, C) each -> float."""
+    columns = zip(scores.T, labels.T, known.T, strict=True)
+    values = np.array([auroc(score[rows], label[rows]) for score, label, rows in columns])
+    return float(values[~np.isnan(values)].mean()) if not np.isnan(values).all() else float("nan")
+
+
 def balanced_accuracy(predicted, true):
-    """Mean over the classes of `true` of the share of their rows that are predicted right: two (N,) int -> float."""
+    """Mean over the classes of `true` of the share of their rows predicted right: two (N,) int -> float."""
     return float(np.mean([(predicted[true == label] == label).mean() for label in np.unique(true)]))
 
 
 def bootstrap_ci(metric, *arrays, n=1000, seed=0):
-    """Percentile interval of metric(*arrays), 95 %: rows are drawn with replacement n times, alike in all arrays.
+    """95 % percentile interval of metric(*arrays): n times, rows are drawn with replacement, alike in all.
 
     Returns:
         (low, high)
@@ -125,7 +132,7 @@ def bootstrap_ci(metric, *arrays, n=1000, seed=0):
 
 
 def measured(metric, *arrays, chance, draws, **counts):
-    """One entry of the results: the value, its interval from `draws` bootstrap draws (0: none), chance and counts."""
+    """One entry of the results: value, interval from `draws` bootstrap draws (0: none), chance, counts."""
     entry = {"value": float(metric(*arrays)), "chance": float(chance), "n": len(arrays[0]), **counts}
     if draws:
         entry["low"], entry["high"] = bootstrap_ci(metric, *arrays, n=draws)
@@ -150,8 +157,6 @@ class Encoded(NamedTuple):
 @torch.no_grad()
 def encode(run, records, skip_bad_images=False):
     """Records -> Encoded, in their order; images that cannot be read are refused, or left out."""
-    from train import move  # train imports this module
-
     run.model.eval()
     findings = data.vocabulary(records)
     loader = torch.utils.data.DataLoader(
@@ -162,11 +167,10 @@ def encode(run, records, skip_bad_images=False):
     )
     rows, report_rows, image_features, report_features = [], [], [], []
     for batch in loader:
-        if batch.unreadable and not skip_bad_images:
-            raise BadInput(batch.unreadable[0])
+        data.count_unreadable(batch, skip_bad_images)
         report_rows.append(sum(map(len, rows)) + batch.report_rows)
         rows.append(batch.rows)
-        batch = move(batch, run.device)
+        batch = data.to_device(batch, run.device)
         with run.autocast():
             if len(batch.rows):
                 image_features.append(run.model.encode_image(batch.images))
@@ -174,9 +178,7 @@ def encode(run, records, skip_bad_images=False):
     rows, report_rows = torch.cat(rows), torch.cat(report_rows)
     if not len(rows):
         raise BadInput("none of the images can be read")
-    report_features = (
-        torch.cat(report_features).cpu()[report_rows.argsort()] if report_features else torch.zeros(0, 1)
-    )
+    report_features = torch.cat(report_features or [torch.zeros(0, 1)]).cpu()[report_rows.argsort()]
     records = [records[row] for row in rows.tolist()]
     return Encoded(
         records,
@@ -205,8 +207,8 @@ def encode_findings(run, findings, prompt_set):
 def zero_shot(run, encoded, *, prompt_set=None, classes=None, draws=1000):
     """Classification by the nearest label prompt (paper).
 
-    Accuracy and balanced accuracy over the images with exactly one of the classes; AUROC of each finding over the
-    images in which it is known to be present or absent, scored by the cosine with its prompt.
+    Accuracy and balanced accuracy over the images with exactly one of the classes; AUROC of each finding over
+    the images in which it is known to be present or absent, scored by the cosine with its prompt.
 
     Args:
         prompt_set: see prompts.prompt_set; None is the template of training.
@@ -244,17 +246,17 @@ def zero_shot(run, encoded, *, prompt_set=None, classes=None, draws=1000):
                 auroc, scores[known, column], labels, chance=0.5, draws=draws, positives=int(labels.sum())
             )
             results[f"AUROC {name}"] = entry
-    values = [entry["value"] for metric, entry in results.items() if metric.startswith("AUROC")]
-    if values:
-        results["AUROC mean"] = {"value": float(np.mean(values)), "chance": 0.5, "n": len(values)}
+    if any(metric.startswith("AUROC") for metric in results):
+        known = present | absent
+        results["AUROC mean"] = measured(mean_auroc, scores, present, known, chance=0.5, draws=draws)
     return results
 
 
 def retrieval(run, encoded, *, draws=1000):
     """Images and reports, both ways: i2t has images as queries and reports as candidates, t2i the reverse.
 
-    P@K (class level, paper) over the pairs with known findings, R@K (instance level) over all pairs. K beyond the
-    number of candidates is left out.
+    P@K (class level, paper) over the pairs with known findings, R@K (instance level) over all pairs. K beyond
+    the number of candidates is left out.
 
     Returns:
         {"i2t_P@1": entry as measured makes it, ...}; nothing where no record has a report.
@@ -272,9 +274,8 @@ def retrieval(run, encoded, *, draws=1000):
             _, counts = np.unique(sets, axis=0, return_counts=True)
             chance = (counts**2).sum() / len(sets) ** 2  # a random candidate has the query's findings
             for k, shares in relevance_at_k(similarity, sets, sets, ks).items():
-                results[f"{way}_P@{k}"] = measured(
-                    np.mean, shares, chance=chance, draws=draws, candidates=len(sets)
-                )
+                entry = measured(np.mean, shares, chance=chance, draws=draws, candidates=len(sets))
+                results[f"{way}_P@{k}"] = entry
         if len(queries):
             rank = own_rank(queries @ candidates.T)
             for k in (k for k in (1, 5, 10) if k <= len(rank)):
@@ -294,12 +295,12 @@ def quick_scores(run, records):
     return {name: results[name]["value"] for name in watched if name in results}
 
 
-def gallery(run, encoded, path, rows=6, columns=3):
-    """A picture of some query images, each with its nearest reports; a green frame has the query's findings."""
+def gallery(run, encoded, path, rows=4, columns=3):
+    """A picture of random query images, each with its nearest reports; green ones have its findings."""
     if not len(encoded.report_features):
         raise BadInput("a gallery needs reports, and these data have none")
     images, labels = encoded.image_features[encoded.report_rows], encoded.present[encoded.report_rows]
-    queries = np.linspace(0, len(images) - 1, min(rows, len(images))).round().astype(int)
+    queries = np.random.default_rng(0).permutation(len(images))[:rows]
     side, font, tiles = 224, ImageFont.load_default(13), []
     for query in queries:
         record = encoded.records[encoded.report_rows[query]]
@@ -314,7 +315,7 @@ def gallery(run, encoded, path, rows=6, columns=3):
             draw = ImageDraw.Draw(tile)
             draw.rectangle((1, 1, side - 2, side + 20), outline="green" if right else "red", width=3)
             title = f"{rank}. {'right' if right else 'wrong'}{', its own' if near == query else ''}"
-            lines = [title, ", ".join(sorted(found.findings)), "", *textwrap.wrap(found.report, 34)]
+            lines = [title, ", ".join(sorted(found.findings)), "", *textwrap.wrap(found.report, 31)]
             draw.multiline_text((8, 6), "\n".join(lines[:14]), "black", font)
             tiles.append(tile)
     tiles = torch.stack([torchvision.transforms.functional.pil_to_tensor(tile) for tile in tiles])
@@ -329,9 +330,7 @@ def newest_checkpoint():
     """The best checkpoint of the run that was written last -> path."""
     found = sorted(Path("runs").glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise BadInput(
-            "there is no run under runs/ yet: `python train.py` makes one, --checkpoint names another"
-        )
+        raise BadInput("no run is under runs/ yet: `python train.py` makes one, --checkpoint names another")
     return found[-1]
 
 
@@ -344,6 +343,7 @@ def print_table(results):
             print(f"{name:32}{entry['value']:8.3f}{interval:>18}{entry['chance']:8.3f}{entry['n']:7}")
 
 
+# fmt: off
 def build_parser():
     p = argparse.ArgumentParser(description="Evaluate a run of train.py.", allow_abbrev=False)
     p.add_argument("--task", choices=[*TASKS, "all"], default="all")
@@ -351,21 +351,15 @@ def build_parser():
     p.add_argument("--data", nargs="+", metavar="NAME[=ROOT]", help="default: what the run was trained on")
     p.add_argument("--split", choices=data.SPLITS, default="test")
     p.add_argument("--limit", type=int, help="only the first N records of each data set")
-    p.add_argument(
-        "--classes", nargs="+", help='zero-shot between these findings alone, such as COVID-19 "No Finding"'
-    )
-    p.add_argument(
-        "--prompt-set",
-        choices=[*prompts.TEMPLATES, "ensemble"],
-        help="prompts for zero-shot; default the trained template; ensemble: all wordings in all templates",
-    )
+    p.add_argument("--classes", nargs="+", help='zero-shot between these, such as COVID-19 "No Finding"')
+    p.add_argument("--prompt-set", choices=[*prompts.TEMPLATES, "ensemble"],
+                   help="zero-shot prompts; default the trained template; ensemble: all there are")
     p.add_argument("--out", metavar="FILE.json", help="write the results there")
-    p.add_argument(
-        "--gallery", metavar="FILE.png", help="draw queries with what they retrieve; shows report text"
-    )
+    p.add_argument("--gallery", metavar="FILE.png", help="draw images and the reports they retrieve")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     p.add_argument("--skip-bad-images", action="store_true", help="leave unreadable images out")
     return p
+# fmt: on
 
 
 def evaluate(args):
@@ -387,7 +381,7 @@ def evaluate(args):
             lacking = "labels" if task == "zero-shot" else "reports"
             if args.task != "all":
                 raise BadInput(
-                    f"{task} needs {lacking}, and the {args.split} split of {', '.join(specs)} has none"
+                    f"{task} needs {lacking}; the {args.split} split of {', '.join(specs)} has none"
                 )
             print(f"{task} is left out: these data have no {lacking}")
     print(f"{path}, {args.split} split of {', '.join(specs)}, {len(encoded.records)} images")
@@ -404,7 +398,7 @@ def evaluate(args):
 def main(argv=None):
     try:
         return evaluate(build_parser().parse_args(argv))
-    except BadInput as error:
+    except (BadInput, OSError) as error:  # OSError: a full disk, a folder that cannot be written
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
 

@@ -19,11 +19,9 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import BertWordPieceTokenizer, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
@@ -43,7 +41,6 @@ from umcl import (
     load_swin_weights,
 )
 
-NO_CHECKPOINT = (OSError, EOFError, RuntimeError, UnpicklingError)  # what torch.load raises for other files
 SMALL_BERT = "small"  # --text-model: a BERT trained from scratch, with a vocabulary of its own
 
 # fmt: off
@@ -199,9 +196,8 @@ def wrap_tokenizer(tokenizer_json):
 
 def load_text_model(name):
     """A pre-trained BERT by hub name or folder -> (BertModel without pooling layer, tokenizer)."""
-    if Path(name).is_dir():
-        fault = "holds no BERT checkpoint with its tokenizer; save both there with save_pretrained"
-    else:
+    fault = "holds no BERT checkpoint with its tokenizer; save both there with save_pretrained"
+    if not Path(name).is_dir():
         fault = (
             "is neither a folder nor reachable on the Hugging Face hub; where there is a connection, "
             f"`hf download {name} --local-dir FOLDER`, then --text-model FOLDER"
@@ -270,8 +266,10 @@ def load_image_weights(swin, file):
         for key in ("model", "state_dict"):  # Microsoft's files, and others, wrap the weights
             weights = weights.get(key, weights)
         load_swin_weights(swin, weights)
-    except (*NO_CHECKPOINT, AttributeError, ValueError, SafetensorError) as error:
-        raise BadInput(f"--image-weights {file}: {str(error).splitlines()[0]}") from error
+    except ValueError as error:
+        raise BadInput(f"--image-weights {file}: {error}") from error
+    except Exception as error:  # neither loader has one error for what it cannot read
+        raise BadInput(f"--image-weights {file} cannot be read as weights ({error!r:.80})") from error
 
 
 def save_checkpoint(path, run, progress):
@@ -296,7 +294,7 @@ def load_checkpoint(path, device="cpu"):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise BadInput(f"the checkpoint {path} is not there; `python train.py` makes one") from error
-    except NO_CHECKPOINT as error:
+    except Exception as error:  # torch.load has no error of its own for what it cannot read
         raise BadInput(f"the checkpoint {path} is cut short or no checkpoint at all") from error
     if not isinstance(state, dict) or state.get("kind") != "umcl":
         raise BadInput(f"{path} is no checkpoint of this program")
@@ -386,15 +384,6 @@ def training_records(args):
             "no training record is left: these data have no report and no label that this run uses"
         )
     return records
-
-
-def move(batch, device):
-    """A Batch, or anything in it, onto the device."""
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, tuple):
-        return type(batch)(*(move(item, device) for item in batch))
-    return [move(item, device) for item in batch] if isinstance(batch, list) else batch
 
 
 def measures(run, loss, norm, parts):
@@ -493,11 +482,11 @@ def train(args):
                 for batch in loader:
                     step += 1
                     bar.update()
-                    unreadable += count_unreadable(batch, args.skip_bad_images)
+                    unreadable += data.count_unreadable(batch, args.skip_bad_images)
                     if not len(batch.rows):
                         continue
                     lr = lr_at(step - 1, steps, warmup, args.lr)
-                    loss, norm, parts = training_step(run, move(batch, device), optimizer, mask, lr)
+                    loss, norm, parts = training_step(run, data.to_device(batch, device), optimizer, mask, lr)
                     if step % args.log_every and step % len(loader):
                         continue
                     line = {
@@ -508,16 +497,16 @@ def train(args):
                     }
                     line |= measures(run, loss, norm, parts)
                     log.write(json.dumps(line) + "\n")
-                    if not math.isfinite(line["loss"]):
-                        raise BadInput(f"the loss is {loss.item()} at step {step}; {what_is_saved(out)}")
+                    if not math.isfinite(line["loss"] + line["gradient_norm"]):
+                        raise BadInput(f"loss or gradient is not finite at step {step}; {what_is_saved(out)}")
                     shown = {name: value for name, value in line.items() if name.startswith("removed")}
                     bar.set_postfix(loss=f"{line['loss']:.3f}", **shown, refresh=False)
+                save_checkpoint(out / "last.pt", run, {"step": step, "epoch": epoch})
                 scores = evaluate.quick_scores(run, valid)
                 progress = {"step": step, "epoch": epoch, **scores}
                 log.write(json.dumps(progress) + "\n")
                 log.flush()
                 bar.write(f"epoch {epoch}: {', '.join(f'{name} {v:.3f}' for name, v in scores.items())}")
-                save_checkpoint(out / "last.pt", run, progress)
                 if sum(scores.values()) > best:
                     best = sum(scores.values())
                     save_checkpoint(out / "best.pt", run, progress)
@@ -532,13 +521,6 @@ def train(args):
     return 0
 
 
-def count_unreadable(batch, skip):
-    """Refuses the images of a batch that could not be read, or counts them."""
-    if batch.unreadable and not skip:
-        raise BadInput(batch.unreadable[0])
-    return len(batch.unreadable)
-
-
 def what_is_saved(out):
     """What to say of a run that cannot go on."""
     saved = (
@@ -550,7 +532,7 @@ def what_is_saved(out):
 def main(argv=None):
     try:
         return train(parse_args(argv))
-    except BadInput as error:
+    except (BadInput, OSError) as error:  # OSError: a full disk, a folder that cannot be written
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

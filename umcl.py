@@ -202,8 +202,7 @@ class _Reorder(torch.autograd.Function):
 
 
 class WindowAttention(nn.Module):
-    """Softmax(q kᵀ / √d + bias) v in each window of its own; bias is looked up by relative position (Swin,
-    eq. 4).
+    """Softmax(q kᵀ / √d + bias) v in each window; the bias goes by relative position (Swin, eq. 4).
 
     Args:
         blocked: (L / window_size², window_size², window_size²) bool, True where a query must not see a key

@@ -1,0 +1,59 @@
+"""What the tests share: no network, one thread, phantoms drawn once, and one tiny run."""
+
+from functools import lru_cache
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import train
+
+TINY = (
+    "--data phantom=16 --limit 32 --preset small --image-size 16 --patch-size 4 --window-size 2 "
+    "--swin-dim 16 --swin-depths 1 1 --swin-heads 1 2 --embed-dim 16 --max-length 48 --prompt-length 4 "
+    "--batch-size 8 --epochs 1 --lr 1e-3 --log-every 1 --workers 0 --device cpu --precision fp32"
+).split()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def frugal():
+    torch.set_num_threads(1)  # for tensors this small threads only wait for each other
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        patch.setitem(data.DATASETS, "phantom", lru_cache(data.phantom))
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """Folder of a finished run; nobody writes into it."""
+    out = tmp_path_factory.mktemp("tiny") / "run"
+    assert train.main([*TINY, "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def pretrain(tmp_path):
+    """The same with further flags, into tmp_path/run -> exit status."""
+    return lambda *flags: train.main([*TINY, "--out", str(tmp_path / "run"), *map(str, flags)])
+
+
+@pytest.fixture
+def options():
+    """Flags on top of the tiny ones -> the Namespace that train wants."""
+    return lambda *flags: train.parse_args([*TINY, *map(str, flags)])
+
+
+@pytest.fixture
+def chests(tmp_path):
+    """NIH ChestX-ray14 in small: 20 patients with one image each and no report -> its folder."""
+    root = tmp_path / "chests"
+    (root / "images").mkdir(parents=True)
+    rows = ["Image Index,Finding Labels,Patient ID"]
+    for patient in range(20):
+        rows.append(f"{patient}.png,{('No Finding', 'Edema|Effusion', 'Pneumonia')[patient % 3]},{patient}")
+        Image.fromarray(np.full((8, 8), 10 * patient, np.uint8)).save(root / "images" / f"{patient}.png")
+    (root / "Data_Entry_2017_v2020.csv").write_text("\n".join(rows))
+    return root

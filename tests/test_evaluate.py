@@ -1,0 +1,474 @@
+"""Metrics against hand-made matrices and slow twins, the tasks, and what evaluate.py writes and refuses."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+import evaluate
+import prompts
+import train
+from data import Record
+from evaluate import (
+    auroc,
+    balanced_accuracy,
+    bootstrap_ci,
+    encode,
+    encode_findings,
+    precision_at_k,
+    recall_at_k,
+)
+
+A, B, AB, NONE = [True, False], [False, True], [True, True], [False, False]
+
+
+def some_labels(rng, n):
+    """(n, 3) bool; many rows are alike and some have no finding."""
+    return rng.random((n, 3)) < 0.4
+
+
+# ------------------------------------------------------------------------------------------------ retrieval
+
+
+def test_precision_of_a_hand_made_matrix():
+    similarity = [[0.9, 0.8, 0.1], [0.3, 0.2, 0.7]]
+    assert precision_at_k(similarity, [A, B], [A, B, A], ks=(1, 2, 3)) == {1: 1 / 2, 2: 1 / 4, 3: 1 / 2}
+
+
+def test_a_candidate_is_relevant_only_with_exactly_the_findings_of_the_query():
+    assert precision_at_k(np.zeros((1, 4)), [AB], [A, B, AB, NONE], ks=(4,)) == {4: 1 / 4}
+
+
+def test_without_findings_nothing_is_relevant():
+    assert precision_at_k(np.zeros((1, 2)), [NONE], [NONE, NONE], ks=(2,)) == {2: 0}
+
+
+def test_ties_count_against_the_precision_of_the_query():
+    for candidates in ([A, B, B, A], [B, B, A, A]):
+        assert precision_at_k(np.ones((1, 4)), [A], candidates, ks=(1, 2, 4)) == {1: 0, 2: 0, 4: 1 / 2}
+
+
+def slow_precision(similarity, queries, candidates, k):
+    shares = []
+    for row, query in zip(similarity, queries, strict=True):
+        relevant = [query.any() and (candidate == query).all() for candidate in candidates]
+        nearest = sorted(range(len(row)), key=lambda j: (-row[j], relevant[j]))
+        shares.append(sum(relevant[j] for j in nearest[:k]) / k)
+    return np.mean(shares)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_precision_equals_its_slow_twin(seed):
+    rng = np.random.default_rng(seed)
+    queries, candidates = some_labels(rng, 12), some_labels(rng, 20)
+    similarity = rng.integers(0, 8, (12, 20)) / 8  # many ties
+    slow = {k: slow_precision(similarity, queries, candidates, k) for k in (1, 2, 5, 10)}
+    assert precision_at_k(similarity, queries, candidates) == pytest.approx(slow)
+
+
+def test_more_places_than_candidates_are_refused():
+    with pytest.raises(ValueError, match="10"):
+        precision_at_k(np.zeros((2, 9)), np.ones((2, 2), bool), np.ones((9, 2), bool))
+
+
+def test_recall_of_a_hand_made_matrix():
+    similarity = [[0.9, 0.1, 0.2], [0.8, 0.5, 0.3], [0.3, 0.2, 0.1]]  # own text first, second and third
+    assert recall_at_k(similarity, ks=(1, 2, 3)) == {1: 1 / 3, 2: 2 / 3, 3: 1}
+
+
+def test_ties_count_against_the_recall_of_the_query():
+    assert recall_at_k(np.ones((3, 3)), ks=(1, 2, 3)) == {1: 0, 2: 0, 3: 1}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_recall_equals_its_slow_twin(seed):
+    similarity = np.random.default_rng(seed).integers(0, 15, (15, 15))  # many ties
+    ahead = [sum(row[j] >= row[i] for j in range(15) if j != i) for i, row in enumerate(similarity)]
+    assert recall_at_k(similarity) == {k: np.mean([a < k for a in ahead]) for k in (1, 5, 10)}
+
+
+# ------------------------------------------------------------------------------------------- classification
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_auroc_equals_the_double_loop(seed):
+    rng = np.random.default_rng(seed)
+    scores, labels = rng.integers(0, 6, 40), rng.random(40) < 0.3
+    pairs = [(p > n) + (p == n) / 2 for p in scores[labels] for n in scores[~labels]]
+    assert auroc(scores, labels) == pytest.approx(np.mean(pairs))
+
+
+@pytest.mark.parametrize(("scores", "value"), [([1, 2, 3, 4], 1), ([4, 3, 2, 1], 0), ([5, 5, 5, 5], 0.5)])
+def test_auroc_of_the_best_the_worst_and_the_blind(scores, value):
+    assert auroc(scores, [False, False, True, True]) == value
+
+
+@pytest.mark.parametrize("labels", [[True, True], [False, False]])
+def test_auroc_without_one_of_the_classes_is_nan(labels):
+    assert np.isnan(auroc([0.1, 0.2], labels))
+
+
+def test_balanced_accuracy_weighs_classes_alike():
+    true, predicted = np.array([0, 0, 0, 0, 1, 1]), np.array([0, 0, 0, 2, 0, 1])
+    assert balanced_accuracy(predicted, true) == (3 / 4 + 1 / 2) / 2
+
+
+# ------------------------------------------------------------------------------------------------- intervals
+
+
+def test_the_interval_brackets_the_value():
+    values = np.random.default_rng(0).random(100)
+    low, high = bootstrap_ci(np.mean, values)
+    assert low < values.mean() < high
+
+
+def test_the_interval_of_a_mean_is_that_of_the_normal_distribution():
+    values = np.random.default_rng(0).normal(size=400)
+    low, high = bootstrap_ci(np.mean, values)
+    width = 2 * 1.96 * values.std() / 400**0.5
+    assert high - low == pytest.approx(width, rel=0.1)  # percentiles of 1000 draws scatter by some 4 %
+
+
+def test_the_interval_of_a_constant_has_no_width():
+    assert bootstrap_ci(np.mean, np.full(20, 0.25)) == (0.25, 0.25)
+
+
+def test_rows_of_several_arrays_are_drawn_alike():
+    values = np.random.default_rng(0).integers(0, 9, 50)
+    assert bootstrap_ci(lambda one, other: np.mean(other - one), values, values + 1) == (1, 1)
+
+
+def test_same_seed_same_interval():
+    values = np.random.default_rng(0).random(50)
+    assert bootstrap_ci(np.mean, values, seed=3) == bootstrap_ci(np.mean, values, seed=3)
+
+
+def test_another_seed_is_another_interval():
+    values = np.random.default_rng(0).random(50)
+    assert bootstrap_ci(np.mean, values, seed=3) != bootstrap_ci(np.mean, values, seed=4)
+
+
+def test_draws_in_which_a_class_is_absent_are_left_out_of_the_interval():
+    low, high = bootstrap_ci(auroc, np.array([0.0, 1.0, 2.0]), np.array([False, False, True]))
+    assert (low, high) == (1, 1)
+
+
+# -------------------------------------------------------------------------------------------------- features
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run):
+    return train.load_checkpoint(tiny_run / "best.pt")
+
+
+def alike(one, other):
+    return np.allclose(one, other, atol=1e-5)  # float32, summed up in an order that depends on the batch
+
+
+def test_the_score_of_an_image_does_not_depend_on_the_others(run):
+    records = data.load_records(["phantom=16"], "test", 20)
+    alone = [encode(run, [record]).image_features[0] for record in records]
+    assert alike(encode(run, records).image_features, alone)
+
+
+def test_features_of_reports_belong_to_their_records(run):
+    records = data.load_records(["phantom=16"], "train", 20)  # half of them without a report
+    encoded = encode(run, records)
+    assert [row for row, record in enumerate(records) if record.report] == encoded.report_rows.tolist()
+    alone = [encode(run, [records[row]]).report_features[0] for row in encoded.report_rows]
+    assert alike(encoded.report_features, alone)
+
+
+def test_unreadable_images_are_refused(run, tmp_path):
+    bad = Record(tmp_path / "bad.png", None, frozenset("A"), "1", "test")
+    with pytest.raises(data.BadInput, match="bad.png"):
+        encode(run, [bad])
+
+
+def test_unreadable_images_are_left_out_on_demand(run, tmp_path):
+    good = data.load_records(["phantom=16"], "test", 12)
+    bad = Record(tmp_path / "bad.png", "Bad.", frozenset({"Edema"}), "1", "test")
+    encoded = encode(run, [*good[:3], bad, *good[3:]], skip_bad_images=True)
+    assert encoded.records == good and alike(encoded.report_features, encode(run, good).report_features)
+
+
+def test_a_finding_is_the_mean_of_its_prompts_at_unit_length(run):
+    (feature,) = encode_findings(run, ["Edema"], "ensemble")
+    texts = prompts.prompt_set(["Edema"], "ensemble")["Edema"]
+    each = [run.model.encode_prompt(*run.prompt_tokens([text]))[0].detach().numpy() for text in texts]
+    assert alike(feature, np.mean(each, 0) / np.linalg.norm(np.mean(each, 0)))
+
+
+# ---------------------------------------------------------------------------------------------------- tasks
+
+
+def hand_made(image_features, present, absent=None, report_features=None, report_rows=None):
+    present = np.array(present, bool)
+    absent = ~present if absent is None else np.array(absent, bool)
+    names = ["A", "B", "C"][: present.shape[1]]
+    records = [
+        Record(np.zeros((8, 8), np.uint8), "A report.", frozenset(np.array(names)[row].tolist()), "1", "test")
+        for row in present
+    ]
+    rows = np.arange(len(records)) if report_rows is None else np.array(report_rows)
+    texts = np.zeros((len(rows), 2)) if report_features is None else np.array(report_features, float)
+    return evaluate.Encoded(records, names, np.array(image_features, float), texts, rows, present, absent)
+
+
+@pytest.fixture
+def classify(run, monkeypatch):
+    """zero_shot of images whose features are their scores."""
+    monkeypatch.setattr(
+        evaluate, "encode_findings", lambda _, findings, __: np.eye(3)[["ABC".index(f) for f in findings]]
+    )
+    return lambda scores, *labels, **options: evaluate.zero_shot(run, hand_made(scores, *labels), **options)
+
+
+def test_zero_shot_takes_the_nearest_prompt(classify):
+    results = classify(
+        [[3, 1, 2], [1, 2, 3], [1, 2, 3], [2, 3, 1]], [[1, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 0]]
+    )
+    assert results["accuracy"]["value"] == 3 / 4 and results["balanced accuracy"]["value"] == 5 / 6
+
+
+def test_accuracy_is_over_images_with_exactly_one_of_the_classes(classify):
+    results = classify([[3, 1, 2]] * 4, [[1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 0, 1]])
+    assert results["accuracy"]["n"] == 2 and results["accuracy"]["value"] == 1 / 2
+
+
+def test_chance_is_one_of_the_classes(classify):
+    results = classify([[3, 1, 2]] * 2, [[1, 0, 0], [0, 0, 1]])
+    assert results["accuracy"]["chance"] == 1 / 3 and results["AUROC A"]["chance"] == 1 / 2
+
+
+def test_classes_restrict_the_choice(classify):
+    results = classify(
+        [[3, 1, 2], [3, 2, 1], [3, 1, 2]], [[0, 0, 1], [0, 1, 0], [1, 0, 0]], classes=["B", "C"]
+    )
+    assert results.keys() == {"accuracy", "balanced accuracy", "AUROC B", "AUROC C", "AUROC mean"}
+    assert results["accuracy"]["value"] == 1 and results["accuracy"]["n"] == 2
+
+
+def test_auroc_leaves_out_what_is_unknown(classify):
+    present, absent = [[1, 0], [0, 0], [0, 0], [0, 1]], [[0, 1], [1, 1], [0, 0], [0, 0]]
+    results = classify([[2, 0, 0], [1, 0, 0], [9, 0, 0], [9, 5, 0]], present, absent)
+    assert results["AUROC A"]["value"] == 1 and results["AUROC A"]["n"] == 2
+    assert results["AUROC B"]["value"] == 1 and results["AUROC B"]["n"] == 3
+
+
+def test_auroc_mean_is_the_mean_over_the_findings(classify):
+    results = classify([[3, 1, 2], [1, 2, 3], [1, 2, 3]], [[1, 0, 0], [0, 0, 1], [0, 1, 0]])
+    assert results["AUROC mean"]["value"] == np.mean([results[f"AUROC {name}"]["value"] for name in "ABC"])
+
+
+def test_zero_shot_uses_the_template_of_training(run, monkeypatch):
+    used = []
+    monkeypatch.setattr(
+        evaluate, "encode_findings", lambda _, names, prompt_set: used.append(prompt_set) or np.eye(2)
+    )
+    encoded = hand_made([[1, 0], [0, 1]], [A, B])
+    evaluate.zero_shot(run, encoded)
+    evaluate.zero_shot(run, encoded, prompt_set="ensemble")
+    assert used == [run.args.template, "ensemble"]
+
+
+def test_retrieval_of_hand_made_features(run):
+    """Images 0 and 2 have a report; each report lies nearest to the other's image."""
+    encoded = hand_made([[1, 0], [0, 1], [0, 1]], [A, B, B], None, [[0, 1], [1, 0]], [0, 2])
+    results = evaluate.retrieval(run, encoded)
+    values = {name: entry["value"] for name, entry in results.items()}
+    assert values == {
+        f"{way}_{k}": v for way in ("i2t", "t2i") for k, v in (("P@1", 0), ("P@2", 0.5), ("R@1", 0))
+    }
+
+
+def test_text_to_image_is_image_to_text_with_the_sides_swapped(run):
+    rng = np.random.default_rng(0)
+    images, reports, labels = rng.normal(size=(12, 4)), rng.normal(size=(12, 4)), some_labels(rng, 12)
+    one = evaluate.retrieval(run, hand_made(images, labels, None, reports))
+    other = evaluate.retrieval(run, hand_made(reports, labels, None, images))
+    assert {name: one[f"t2i_{name}"] for name in ("P@1", "P@5", "R@1", "R@5")} == {
+        name: other[f"i2t_{name}"] for name in ("P@1", "P@5", "R@1", "R@5")
+    }
+
+
+def test_pairs_without_findings_count_for_recall_alone(run):
+    results = evaluate.retrieval(run, hand_made(np.eye(3), [A, NONE, B], None, np.eye(3)))
+    assert results["i2t_P@1"]["n"] == 2 and results["i2t_R@1"]["n"] == 3
+
+
+def test_chance_of_retrieval_is_that_of_a_blind_draw(run):
+    results = evaluate.retrieval(run, hand_made(np.eye(4), [A, A, A, B], None, np.eye(4)))
+    assert results["i2t_P@1"]["chance"] == (3 * 3 / 4 + 1 * 1 / 4) / 4
+    assert results["i2t_R@1"]["chance"] == 1 / 4
+
+
+# -------------------------------------------------------------------------------------------------- program
+
+
+@pytest.fixture(scope="module")
+def results(tiny_run, tmp_path_factory):
+    """What evaluate.py writes of the tiny run."""
+    file = tmp_path_factory.mktemp("results") / "results.json"
+    assert evaluate.main(["--checkpoint", str(tiny_run), "--limit", "40", "--out", str(file)]) == 0
+    assert [path.name for path in file.parent.iterdir()] == ["results.json"]
+    return json.loads(file.read_text())
+
+
+def test_zero_shot_reports_accuracy_and_auroc(results):
+    auroc = {f"AUROC {name}" for name in data.PHANTOM_FINDINGS}
+    assert results["zero-shot"].keys() == {"accuracy", "balanced accuracy", "AUROC mean"} | auroc
+
+
+def test_retrieval_reports_precision_and_recall_both_ways(results):
+    metrics = ("P@1", "P@2", "P@5", "P@10", "R@1", "R@5", "R@10")
+    assert results["retrieval"].keys() == {f"{way}_{m}" for way in ("i2t", "t2i") for m in metrics}
+
+
+def test_each_metric_has_value_interval_chance_and_number(results):
+    lacking = [
+        f"{metric}: {key}"
+        for task in results.values()
+        for metric, entry in task.items()
+        for key in ("value", "low", "high", "chance", "n")
+        if key not in entry
+    ]
+    assert lacking == []
+
+
+def test_each_value_lies_in_its_interval(results):
+    entries = [entry for task in results.values() for entry in task.values() if "low" in entry]
+    assert all(entry["low"] <= entry["value"] <= entry["high"] for entry in entries)
+
+
+def test_retrieval_says_how_many_candidates_there_were(results):
+    assert {(entry["n"], entry["candidates"]) for entry in results["retrieval"].values()} == {(40, 40)}
+
+
+@pytest.fixture
+def assess(tiny_run):
+    """evaluate.py on five phantoms, with further flags -> exit status."""
+    return lambda *flags: evaluate.main(["--checkpoint", str(tiny_run), "--limit", "5", *map(str, flags)])
+
+
+def refusal(capsys):
+    (line,) = capsys.readouterr().err.splitlines()
+    script, _, sentence = line.partition(": ")
+    assert script == "evaluate.py"
+    return sentence
+
+
+def test_the_table_shows_every_metric(assess, capsys):
+    assess("--task", "zero-shot")
+    table = capsys.readouterr().out
+    assert all(name in table for name in ("accuracy", "AUROC Edema", "95 %", "chance", "n"))
+
+
+@pytest.mark.parametrize(("task", "others"), [("zero-shot", "retrieval"), ("retrieval", "zero-shot")])
+def test_a_task_runs_alone(assess, tmp_path, task, others):
+    assess("--task", task, "--out", tmp_path / "results.json")
+    assert json.loads((tmp_path / "results.json").read_text()).keys() == {task}
+
+
+def test_the_split_is_chosen(assess, capsys):
+    assert assess("--split", "valid") == 0 and "valid" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", [".", "best.pt", "last.pt"])
+def test_a_checkpoint_is_a_folder_or_a_file(tiny_run, capsys, place):
+    assert evaluate.main(["--checkpoint", str(tiny_run / place), "--task", "retrieval", "--limit", "5"]) == 0
+
+
+def test_the_newest_run_is_the_default(tiny_run, tmp_path, monkeypatch, capsys):
+    for age, name in enumerate(["newer", "a-older", "z-older"]):
+        shutil.copytree(tiny_run, tmp_path / "runs" / name)
+        os.utime(tmp_path / "runs" / name / "best.pt", (1e9 - age, 1e9 - age))
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.main(["--task", "retrieval", "--limit", "5"]) == 0
+    assert "newer" in capsys.readouterr().out
+
+
+def test_without_a_run_it_says_how_to_make_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.main([]) == 2 and "train.py" in refusal(capsys)
+
+
+def test_an_unknown_class_is_answered_with_those_there(assess, capsys):
+    assert assess("--classes", "Edema", "Gout") == 2
+    sentence = refusal(capsys)
+    assert "'Gout'" in sentence and all(name in sentence for name in data.PHANTOM_FINDINGS)
+
+
+def test_an_unknown_task_is_answered_with_the_known_ones(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(["--task", "poetry"])
+    message = capsys.readouterr().err
+    assert all(task in message for task in ("zero-shot", "retrieval", "all"))
+
+
+def test_options_cannot_be_abbreviated():
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(["--check", "run"])
+
+
+def test_retrieval_alone_on_data_without_reports_is_refused(assess, chests, capsys):
+    assert assess("--data", f"nih-chestxray14={chests}", "--task", "retrieval") == 2
+    assert "reports" in refusal(capsys)
+
+
+def test_of_all_tasks_retrieval_is_left_out_on_data_without_reports(assess, chests, capsys):
+    assert assess("--data", f"nih-chestxray14={chests}") == 0
+    assert "retrieval is left out" in capsys.readouterr().out
+
+
+@pytest.fixture
+def unlabelled(tmp_path, monkeypatch):
+    reports = [
+        Record(np.zeros((8, 8), np.uint8), f"Report {n}.", frozenset(), "1", "notes") for n in range(4)
+    ]
+    monkeypatch.setitem(data.DATASETS, "notes", lambda root, split: reports)
+    return f"notes={tmp_path}"
+
+
+def test_zero_shot_alone_on_data_without_labels_is_refused(assess, unlabelled, capsys):
+    assert assess("--data", unlabelled, "--task", "zero-shot") == 2 and "labels" in refusal(capsys)
+
+
+def test_retrieval_of_data_without_labels_is_by_instance(assess, unlabelled, tmp_path):
+    assert assess("--data", unlabelled, "--out", tmp_path / "results.json") == 0
+    metrics = json.loads((tmp_path / "results.json").read_text())["retrieval"]
+    assert metrics.keys() == {"i2t_R@1", "t2i_R@1"}
+
+
+# -------------------------------------------------------------------------------------------------- gallery
+
+GREEN, RED = (0, 128, 0), (255, 0, 0)
+
+
+@pytest.mark.parametrize(("reports", "colour"), [([[1, 0], [0, 1]], GREEN), ([[0, 1], [1, 0]], RED)])
+def test_the_gallery_frames_right_in_green_and_wrong_in_red(run, tmp_path, reports, colour):
+    encoded = hand_made([[1, 0], [0, 1]], [A, B], None, reports)
+    evaluate.gallery(run, encoded, tmp_path / "gallery.png", columns=1)
+    colours = {c for _, c in Image.open(tmp_path / "gallery.png").getcolors(1 << 24)}
+    assert colours & {GREEN, RED} == {colour}
+
+
+def test_the_gallery_is_drawn_on_demand(assess, tmp_path):
+    assert assess("--task", "retrieval", "--gallery", tmp_path / "gallery.png") == 0
+    assert Image.open(tmp_path / "gallery.png").size > (800, 800)
+
+
+def test_a_gallery_without_reports_is_refused(assess, chests, tmp_path, capsys):
+    flags = [
+        "--data",
+        f"nih-chestxray14={chests}",
+        "--task",
+        "zero-shot",
+        "--gallery",
+        tmp_path / "gallery.png",
+    ]
+    assert assess(*flags) == 2 and "reports" in refusal(capsys)

@@ -1,0 +1,207 @@
+"""The label mask and the loss: what labels remove, and that they change nothing else."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from umcl import UMCL, contrastive_loss, label_mask
+
+SCALE = torch.tensor(5.0, dtype=torch.float64)
+EXACT = dict(rtol=0, atol=1e-12)  # float64 rounds at 1e-16, and these sums have some hundred terms of size 1
+
+
+def random_batch(n, seed=0):
+    """(n, 6) image and text features, float64 and unit length, and an (n, n) bool mask."""
+    generator = torch.Generator().manual_seed(seed)
+    images, texts = F.normalize(torch.randn(2, n, 6, dtype=torch.float64, generator=generator), dim=-1)
+    removed = torch.rand(n, n, generator=generator) < 0.4
+    return images.requires_grad_(), texts.requires_grad_(), removed
+
+
+def double_loop(images, texts, scale, removed):
+    """The loss read aloud: image i among the texts, text i among the images, one exponential at a time."""
+    n, total = len(images), 0
+    for i in range(n):
+        for queries, keys, out in (images, texts, removed[i]), (texts, images, removed[:, i]):
+            own = torch.exp(scale * queries[i] @ keys[i])
+            others = [torch.exp(scale * queries[i] @ keys[j]) for j in range(n) if j != i and not out[j]]
+            total = total - torch.log(own / (own + sum(others)))
+    return total / (2 * n)
+
+
+def pair_gradient(removed):
+    """(N, N): how the loss answers to each cosine; with one-hot texts the image features are the cosines."""
+    n = len(removed)
+    generator = torch.Generator().manual_seed(0)
+    cosines = torch.randn(n, n, generator=generator).requires_grad_()
+    contrastive_loss(cosines, torch.eye(n), torch.tensor(1.0), removed).backward()
+    return cosines.grad
+
+
+def findings(*rows):
+    """(N, 3) bool, a row for each of "edema effusion", "pneumonia", ""."""
+    return torch.tensor(
+        [[name in row.split() for name in ("edema", "effusion", "pneumonia")] for row in rows]
+    )
+
+
+def as_set(row):
+    return set(row.nonzero().flatten().tolist())
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 16])
+def test_loss_equals_the_double_loop(n):
+    images, texts, removed = random_batch(n)
+    inputs = images, texts, SCALE.clone().requires_grad_()
+    ours, slow = contrastive_loss(*inputs, removed), double_loop(*inputs, removed)
+    gradients = torch.autograd.grad(ours, inputs), torch.autograd.grad(slow, inputs)
+    torch.testing.assert_close((ours, *gradients[0]), (slow, *gradients[1]), **EXACT)
+
+
+def test_gradients_match_finite_differences():
+    images, texts, removed = random_batch(5)
+    scale = SCALE.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda *x: contrastive_loss(*x, removed), (images, texts, scale))
+
+
+@pytest.mark.parametrize(
+    "labels", [None, torch.zeros(6, 4, dtype=torch.bool)], ids=["no mask", "all unknown"]
+)
+def test_without_labels_it_is_the_clip_loss(labels):
+    images, texts, _ = random_batch(6)
+    removed = None if labels is None else label_mask(labels, labels, "equal")
+    logits = SCALE * images @ texts.T
+    clip = -(logits.log_softmax(1).diagonal().mean() + logits.log_softmax(0).diagonal().mean()) / 2
+    torch.testing.assert_close(contrastive_loss(images, texts, SCALE, removed), clip, **EXACT)
+
+
+def test_equal_features_cost_the_logarithm_of_the_batch_size():
+    features = torch.ones(8, 1, dtype=torch.float64)
+    loss = contrastive_loss(features, features, SCALE)
+    torch.testing.assert_close(loss, torch.tensor(8.0, dtype=torch.float64).log(), **EXACT)
+
+
+def test_same_label_pair_costs_nothing():
+    removed = torch.zeros(4, 4, dtype=torch.bool)
+    removed[0, 1] = True
+    assert torch.equal(pair_gradient(removed) == 0, removed)
+
+
+def test_a_row_whose_every_other_pair_is_removed_costs_nothing():
+    images, texts, removed = random_batch(5)
+    removed[0, :] = removed[:, 0] = True
+    loss = contrastive_loss(images, texts, SCALE, removed)
+    loss_of_the_others = contrastive_loss(images[1:], texts[1:], SCALE, removed[1:, 1:])
+    torch.testing.assert_close(5 * loss, 4 * loss_of_the_others, **EXACT)
+
+
+def test_a_row_whose_every_other_pair_is_removed_has_zero_gradient_and_spoils_no_other():
+    images, texts, removed = random_batch(5)
+    removed[0, :] = removed[:, 0] = True
+    contrastive_loss(images, texts, SCALE, removed).backward()
+    for gradient in images.grad, texts.grad:
+        assert not gradient[0].any() and gradient[1:].isfinite().all()
+
+
+def test_the_diagonal_is_never_removed():
+    images, texts, removed = random_batch(5)
+    with_it, without_it = removed.clone().fill_diagonal_(True), removed.clone().fill_diagonal_(False)
+    kept = contrastive_loss(images, texts, SCALE, without_it)
+    assert torch.equal(contrastive_loss(images, texts, SCALE, with_it), kept)
+
+
+def test_batch_order_does_not_matter():
+    images, texts, removed = random_batch(7)
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(1))
+    shuffled = contrastive_loss(images[order], texts[order], SCALE, removed[order][:, order])
+    torch.testing.assert_close(shuffled, contrastive_loss(images, texts, SCALE, removed), **EXACT)
+
+
+def test_removing_pairs_never_raises_the_loss():
+    images, texts, _ = random_batch(5)
+    removed, losses = torch.zeros(25, dtype=torch.bool), []
+    for pair in torch.randperm(25, generator=torch.Generator().manual_seed(1)):
+        removed[pair] = True
+        losses.append(contrastive_loss(images, texts, SCALE, removed.view(5, 5)).item())
+    assert losses == sorted(losses, reverse=True) and losses[0] > losses[-1]
+
+
+@pytest.mark.parametrize(
+    "images, texts, removed",
+    [
+        [(3, 4), (2, 4), None],
+        [(3, 4), (3, 5), None],
+        [(3,), (3,), None],
+        [(0, 4), (0, 4), None],
+        [(3, 4), (3, 4), (3, 2)],
+        [(3, 4), (3, 4), (1, 3)],  # would broadcast
+    ],
+)
+def test_wrong_shapes_are_a_value_error(images, texts, removed):
+    mask = None if removed is None else torch.zeros(removed, dtype=torch.bool)
+    with pytest.raises(ValueError, match="shape"):
+        contrastive_loss(torch.ones(images), torch.ones(texts), SCALE, mask)
+
+
+def test_a_report_fits_the_images_with_exactly_its_findings():
+    images = findings("edema", "edema effusion", "pneumonia", "edema")
+    expected = [[1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0], [1, 0, 0, 1]]
+    assert label_mask(images, images, "equal").int().tolist() == expected
+
+
+def test_a_label_prompt_fits_the_images_that_have_all_it_names():
+    images = findings("edema", "edema effusion", "edema effusion pneumonia")
+    prompts = findings("edema", "effusion", "edema effusion", "pneumonia")
+    expected = [[1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    assert label_mask(images, prompts, "subset").int().tolist() == expected
+
+
+@pytest.mark.parametrize("rule, fits", [("equal", set.__eq__), ("subset", set.__ge__)])
+def test_label_mask_equals_the_comparison_of_sets(rule, fits):
+    generator = torch.Generator().manual_seed(0)
+    images, texts = (torch.rand(n, 4, generator=generator) < 0.4 for n in (40, 30))
+    known = images.any(1)[:, None] & texts.any(1)
+    slow = torch.tensor([[fits(as_set(image), as_set(text)) for text in texts] for image in images]) & known
+    assert torch.equal(label_mask(images, texts, rule), slow)
+
+
+@pytest.mark.parametrize("rule", ["equal", "subset"])
+def test_a_row_without_labels_fits_nothing(rule):
+    images, texts = findings("", "edema"), findings("edema", "", "")
+    assert label_mask(images, texts, rule).int().tolist() == [[0, 0, 0], [1, 0, 0]]
+
+
+def test_an_unknown_rule_is_a_value_error():
+    with pytest.raises(ValueError, match="overlap"):
+        label_mask(findings("edema"), findings("edema"), "overlap")
+
+
+@pytest.mark.parametrize("rule, expected", [("equal", [1, 0, 0]), ("subset", [1, 0, 1])])
+def test_label_mask_is_right_under_bf16_autocast(rule, expected):
+    image = torch.arange(1000)[None] < 600  # bf16 does not tell 600 from its neighbours
+    texts = torch.arange(1000)[None] < torch.tensor([600, 601, 599])[:, None]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert label_mask(image, texts, rule).int().tolist() == [expected]
+
+
+def test_images_with_the_same_finding_do_not_push_each_others_prompts():
+    images, prompts = findings("edema effusion", "edema", "effusion"), findings("edema", "edema", "effusion")
+    push = pair_gradient(label_mask(images, prompts, "subset")) > 0
+    assert push.int().tolist() == [[0, 0, 0], [0, 0, 1], [1, 1, 0]]
+
+
+def model_without_towers():
+    tower = SimpleNamespace(num_features=4)
+    return UMCL(tower, tower, None)
+
+
+def test_logit_scale_starts_at_clips():
+    assert model_without_towers().logit_scale().item() == pytest.approx(1 / 0.07)  # to 1e-6: float32
+
+
+def test_logit_scale_never_exceeds_a_hundred():
+    model = model_without_towers()
+    model.log_scale.data.fill_(50.0)
+    assert model.logit_scale() == 100

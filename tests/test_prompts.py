@@ -1,0 +1,77 @@
+"""Findings as text, and the vectors that go before it."""
+
+import pytest
+import torch
+
+from prompts import TEMPLATES, WORDINGS, ContinuousPrompt, label_prompt, prompt_set, wordings
+
+UNLISTED = "Pleural_Thickening"
+FINDINGS = [*WORDINGS, UNLISTED]
+
+
+def inserted(dtype=torch.float32):
+    """A prompt of 3 vectors, two texts of 6 positions with the second padded by 2, and what comes of them."""
+    torch.manual_seed(0)
+    prompt = ContinuousPrompt(3, 4)
+    embeddings = torch.randn(2, 6, 4).to(dtype)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+    return prompt, embeddings, *prompt(embeddings, mask)
+
+
+def test_vectors_come_right_after_cls():
+    prompt, _, longer, _ = inserted()
+    assert torch.equal(longer[:, 1:4], prompt.context.expand(2, 3, 4))
+
+
+def test_tokens_of_the_text_stay_whole_and_in_order():
+    _, embeddings, longer, _ = inserted()
+    assert torch.equal(torch.cat([longer[:, :1], longer[:, 4:]], dim=1), embeddings)
+
+
+def test_attention_mask_covers_the_vectors():
+    _, _, _, mask = inserted()
+    assert mask.tolist() == [[1, 1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0, 0]]
+
+
+def test_vectors_take_the_type_of_the_embeddings():
+    _, _, longer, _ = inserted(torch.bfloat16)
+    assert longer.dtype == torch.bfloat16
+
+
+def test_vectors_start_as_small_as_berts_word_embeddings():
+    torch.manual_seed(0)
+    context = ContinuousPrompt(64, 256).context
+    assert context.std().item() == pytest.approx(0.02, rel=0.03)  # 5 standard errors of 16,384 draws
+
+
+def test_no_two_findings_share_a_wording():
+    texts = [text.lower() for finding in FINDINGS for text in wordings(finding)]
+    assert len(texts) == len(set(texts))
+
+
+def test_every_template_has_exactly_one_place_for_the_finding():
+    assert [template for template in TEMPLATES.values() if template.count("{}") != 1] == []
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_label_prompt_is_the_first_wording_in_the_template(template):
+    before, after = TEMPLATES[template].split("{}")
+    for finding in FINDINGS:
+        assert label_prompt(finding, template) == before + wordings(finding)[0] + after
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_prompts_that_are_trained_are_the_prompts_of_zero_shot(template):
+    expected = {finding: [label_prompt(finding, template)] for finding in FINDINGS}
+    assert prompt_set(FINDINGS, template) == expected
+
+
+@pytest.mark.parametrize("finding", FINDINGS)
+def test_ensemble_has_every_wording_in_every_template(finding):
+    texts = prompt_set([finding], "ensemble")[finding]
+    every = {template.replace("{}", text) for template in TEMPLATES.values() for text in wordings(finding)}
+    assert sorted(texts) == sorted(every)  # and none twice
+
+
+def test_an_unlisted_finding_is_worded_by_its_own_name():
+    assert wordings(UNLISTED) == ("pleural thickening",)

@@ -1,0 +1,68 @@
+"""What the documents name is there: commands, flags, definitions, files; and the requirements."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import data
+import evaluate
+import train
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ["README.md", "REPRODUCE.md"]
+SCRIPTS = {"train": train, "evaluate": evaluate}
+
+
+def read(document):
+    return (ROOT / document).read_text(encoding="utf-8")
+
+
+def commands(document):
+    """(script, words) of each call of train.py and evaluate.py; a shell variable stands for a number."""
+    text = re.sub(r"\$\{?\w+\}?", "1", read(document).replace("\\\n", " "))
+    calls = re.findall(r"\b(?:python|torchrun)\b[^\n`&|;]*?\b(train|evaluate)\.py\b([^\n`&|;>]*)", text)
+    return [(script, shlex.split(words, comments=True)) for script, words in calls]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_readme_commands_are_accepted(document):
+    assert commands(document)
+    for script, words in commands(document):
+        if words != ["--help"]:
+            args = SCRIPTS[script].build_parser().parse_args(words)
+            assert {spec.partition("=")[0] for spec in args.data or []} <= data.DATASETS.keys()
+
+
+def test_readme_shows_how_to_train_and_how_to_evaluate():
+    assert {script for script, _ in commands("README.md")} == {"train", "evaluate"}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_flags_in_the_documents_exist(document):
+    known = "".join(script.build_parser().format_help() for script in SCRIPTS.values())
+    flags = re.findall(r"`(?:train\.py |evaluate\.py )?(--[a-z-]+)", read(document))
+    assert [flag for flag in flags if not re.search(rf"{flag}(?![\w-])", known)] == []
+
+
+def test_names_in_the_documents_exist():
+    names = [name for document in DOCUMENTS for name in re.findall(r"(\w+)\.py::([\w.]+\w)", read(document))]
+    assert names
+    for module, name in names:
+        found = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_in_the_documents_lead_somewhere(document):
+    links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", read(document))
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_requirements_are_the_seven_packages_of_the_card():
+    lines = [line.partition("#")[0].strip() for line in read("requirements.txt").splitlines()]
+    names = sorted(re.match(r"[\w.-]+", line)[0].lower() for line in lines if line)
+    assert names == ["numpy", "pillow", "pytest", "torch", "torchvision", "tqdm", "transformers"]

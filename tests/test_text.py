@@ -1,0 +1,114 @@
+"""BERT as text tower, with the continuous prompt and without, and the features of all three encoders."""
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+from prompts import ContinuousPrompt
+from umcl import UMCL, SwinTransformer, TextEncoder
+
+LENGTHS = (9, 6, 3)
+CLOSE = dict(rtol=0, atol=1e-5)  # values of size 1; float32 summed in another order differs by some 1e-6
+
+
+def bert():
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        initializer_range=0.3,  # so that attention is far from a plain mean
+    )
+    return BertModel(config).eval()
+
+
+def model(prompt):
+    image_encoder = SwinTransformer(image_size=16, embed_dim=4, depths=(1,), num_heads=(1,), window_size=4)
+    return UMCL(image_encoder, TextEncoder(bert()), prompt, embed_dim=8).eval()
+
+
+def prompt():
+    torch.manual_seed(1)
+    made = ContinuousPrompt(5, 16)
+    made.context.data.normal_()
+    return made
+
+
+def texts():
+    """(3, 9) int64 and (3, 9): texts of 9, 6 and 3 tokens."""
+    torch.manual_seed(2)
+    mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
+    return torch.randint(5, 50, mask.shape) * mask, mask.long()
+
+
+def all_features(model):
+    images = torch.rand(3, 1, 16, 16)
+    return model.encode_image(images), model.encode_text(*texts()), model.encode_prompt(*texts())
+
+
+def test_without_prompt_the_text_encoder_is_plain_bert():
+    input_ids, mask = texts()
+    hidden = bert()(input_ids, attention_mask=mask).last_hidden_state
+    mean = hidden.masked_fill(mask[:, :, None] == 0, 0).sum(1) / torch.tensor(LENGTHS)[:, None]
+    assert torch.equal(TextEncoder(bert())(input_ids, mask), mean)
+
+
+def test_with_prompt_it_is_bert_run_by_hand_over_the_longer_text():
+    encoder, vectors, (input_ids, mask) = TextEncoder(bert()), prompt(), texts()
+    words = bert().embeddings.word_embeddings
+    by_hand = []
+    for ids, length in zip(input_ids, LENGTHS, strict=True):
+        inputs = torch.cat([words(ids[:1]), vectors.context, words(ids[1:length])])
+        positions = torch.arange(5 + length)
+        hidden = bert()(inputs_embeds=inputs[None], position_ids=positions[None]).last_hidden_state[0]
+        by_hand.append(torch.cat([hidden[:1], hidden[6:]]).mean(0))  # the text's own positions
+    torch.testing.assert_close(encoder(input_ids, mask, vectors), torch.stack(by_hand), **CLOSE)
+
+
+@pytest.mark.parametrize("make", [lambda: None, prompt], ids=["plain", "prompt"])
+def test_padding_does_not_change_the_feature_of_a_text(make):
+    encoder, vectors, (input_ids, mask) = TextEncoder(bert()), make(), texts()
+    padded = encoder(input_ids, mask, vectors)
+    for feature, ids, length in zip(padded, input_ids, LENGTHS, strict=True):
+        alone = encoder(ids[None, :length], torch.ones(1, length, dtype=torch.long), vectors)
+        torch.testing.assert_close(feature[None], alone, **CLOSE)
+
+
+def test_every_context_vector_receives_gradient():
+    umcl = model(prompt())
+    umcl.encode_prompt(*texts())[:, 0].sum().backward()
+    assert umcl.prompt.context.grad.any(1).all()
+
+
+def test_every_context_vector_changes_the_feature():
+    umcl = model(prompt())
+    before = umcl.encode_prompt(*texts())
+    for vector in umcl.prompt.context.data:
+        vector.neg_()
+        change = umcl.encode_prompt(*texts()) - before
+        assert change.abs().max() > 1e-2  # a thousand times what rounding does
+        vector.neg_()
+
+
+def test_reports_receive_no_context():
+    umcl = model(prompt())
+    before = umcl.encode_text(*texts())
+    umcl.prompt.context.data.neg_()
+    assert torch.equal(umcl.encode_text(*texts()), before)
+
+
+def test_without_continuous_prompt_a_label_prompt_is_encoded_as_a_report():
+    umcl = model(None)
+    assert torch.equal(umcl.encode_prompt(*texts()), umcl.encode_text(*texts()))
+
+
+def test_features_have_unit_length():
+    for features in all_features(model(prompt())):
+        torch.testing.assert_close(features.norm(dim=1), torch.ones(3))  # default: float32 rounding
+
+
+def test_features_are_float32_under_bf16_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {features.dtype for features in all_features(model(prompt()))} == {torch.float32}

@@ -1,0 +1,626 @@
+"""Options, schedule, ablations, checkpoints, and what a run does with bad input."""
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from transformers import BertConfig, BertModel
+
+import data
+import evaluate
+import prompts
+import train
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Run and batch of each training step to come."""
+    seen, step = [], train.training_step
+
+    def spy(run, batch, *rest):
+        seen.append((run, batch))
+        return step(run, batch, *rest)
+
+    monkeypatch.setattr(train, "training_step", spy)
+    return seen
+
+
+@pytest.fixture
+def model(options):
+    bert = BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    return lambda *flags: train.build_model(options(*flags), bert)
+
+
+def log(folder):
+    """The lines about steps and the lines about epochs."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line], [line for line in lines if "loss" not in line]
+
+
+def state(folder, file="last.pt"):
+    return torch.load(folder / file, weights_only=True)
+
+
+def weights(folder):
+    return state(folder)["model"]
+
+
+def refusal(capsys):
+    """The last line on stderr, behind the name of the script."""
+    script, _, sentence = capsys.readouterr().err.strip().splitlines()[-1].partition(": ")
+    assert script in ("train.py", "evaluate.py")
+    return sentence
+
+
+# ------------------------------------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ([], "umcl"),
+        (["--no-continuous-prompt"], "umcl-no-continuous-prompt"),
+        (["--prompt-length", "16"], "umcl-prompt-length-16"),
+        (["--no-image-text", "--seed", "3"], "umcl-seed-3-no-image-text"),
+        (["--horizontal-flip"], "umcl-horizontal-flip"),
+        (["--lr", "1e-4", "--preset", "small"], "umcl-lr-0.0001"),
+        (["--data", "medpix2=FOLDER"], "umcl-medpix2"),
+        (["--template", "caption", "--device", "cpu", "--workers", "0"], "umcl"),
+    ],
+)
+def test_a_run_is_named_after_the_flags_that_differ(flags, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Path(train.parse_args(flags).out) == Path("runs", name)
+
+
+def test_a_second_run_of_the_same_name_gets_a_number(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = []
+    for _ in range(3):
+        names.append(train.parse_args([]).out)
+        Path(names[-1]).mkdir(parents=True)
+        Path(names[-1], "last.pt").touch()
+    assert [Path(name).name for name in names] == ["umcl", "umcl-2", "umcl-3"]
+
+
+def test_a_run_that_is_there_is_not_written_over(pretrain, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last.pt").write_text("precious")
+    assert pretrain() == 2 and "--out" in refusal(capsys)
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["last.pt"]
+
+
+@pytest.mark.parametrize("flag", ["--no-label", "--prompt-len=8", "--epoch=1"])
+def test_options_cannot_be_abbreviated(flag):
+    with pytest.raises(SystemExit, match="2"):
+        train.main([flag])
+
+
+@pytest.mark.parametrize(
+    ("data_sets", "text_model"), [("phantom phantom=32", "small"), ("phantom medpix2=F", "Bio_ClinicalBERT")]
+)
+def test_real_data_get_the_towers_of_the_paper(data_sets, text_model):
+    assert text_model in train.parse_args(["--data", *data_sets.split()]).text_model
+
+
+def test_a_flag_wins_over_the_preset():
+    assert train.parse_args(["--preset", "paper", "--image-size", "448"]).image_size == 448
+
+
+def test_the_resolved_options_are_printed_first(pretrain, capsys):
+    pretrain("--precision", "auto", "--device", "auto", "--image-size", 18)  # refused a moment later
+    printed = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert printed["prompt_length"] == 4 and "auto" not in (printed["precision"], printed["device"])
+
+
+# ------------------------------------------------------------------------------------- schedule and decay
+
+
+def test_learning_rate_rises_over_the_warmup_and_falls_as_a_cosine():
+    rates = [train.lr_at(step, steps=10, warmup=4, peak=8.0) for step in (0, 1, 2, 3, 4, 6, 7, 8)]
+    assert rates == pytest.approx([2, 4, 6, 8, 8, 6, 4, 2])
+
+
+def test_learning_rate_ends_near_zero():
+    assert 0 < train.lr_at(999, steps=1000, warmup=100, peak=1.0) < 1e-5
+
+
+def test_learning_rate_without_warmup_starts_at_its_peak():
+    assert train.lr_at(0, steps=10, warmup=0, peak=1.0) == 1
+
+
+def test_the_optimizer_steps_at_the_scheduled_rate(pretrain, monkeypatch, tmp_path):
+    rates, step = [], torch.optim.AdamW.step
+
+    def spy(self, *args, **kwargs):
+        rates.append([group["lr"] for group in self.param_groups])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    pretrain("--lr", 1, "--warmup", 0.5)
+    assert rates == [[rate, rate] for rate in (0.5, 1, 1, 0.5)]
+    assert [line["lr"] for line in log(tmp_path / "run")[0]] == [0.5, 1, 1, 0.5]
+
+
+def decays(model):
+    decayed, free = train.parameter_groups(model, 0.3)
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.3, 0)
+    return {id(p): group is decayed for group in (decayed, free) for p in group["params"]}
+
+
+def test_every_parameter_is_in_one_group(model):
+    model = model()
+    groups = train.parameter_groups(model, 0.3)
+    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in model.parameters())
+
+
+def test_matrices_decay(model):
+    kinds = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Embedding)
+    model = model()
+    assert all(decays(model)[id(m.weight)] for m in model.modules() if isinstance(m, kinds))
+
+
+def test_norms_and_biases_do_not_decay(model):
+    model = model()
+    free = [m.weight for m in model.modules() if isinstance(m, torch.nn.LayerNorm)]
+    free += [p for name, p in model.named_parameters() if name.endswith(".bias")]
+    assert not any(decays(model)[id(p)] for p in free)
+
+
+def test_temperature_prompt_and_position_bias_do_not_decay(model):
+    model = model()
+    free = [model.log_scale, model.prompt.context]
+    free += [p for name, p in model.named_parameters() if name.endswith("relative_position_bias_table")]
+    assert len(free) == 4 and not any(decays(model)[id(p)] for p in free)
+
+
+# ------------------------------------------------------------------------------------------------ ablations
+
+
+@pytest.mark.parametrize("length", [4, 7])
+def test_prompt_length_is_the_number_of_vectors(model, length):
+    assert model("--prompt-length", length).prompt.context.shape == (length, 16)
+
+
+@pytest.mark.parametrize("flags", [["--no-continuous-prompt"], ["--prompt-length", 0], ["--no-image-label"]])
+def test_without_continuous_prompt_the_model_has_none(model, flags):
+    assert model(*flags).prompt is None
+
+
+def test_no_continuous_prompt_still_trains_label_prompts(pretrain, steps):
+    assert pretrain("--no-continuous-prompt") == 0
+    assert all(run.model.prompt is None and len(batch.prompt_rows) for run, batch in steps)
+
+
+@pytest.mark.parametrize("template", prompts.TEMPLATES)
+def test_template_is_the_text_of_the_label_prompts(pretrain, steps, template):
+    pretrain("--template", template)
+    for run, batch in steps:
+        named = [run.findings[row.nonzero().item()] for row in batch.prompt_labels]
+        texts = [prompts.label_prompt(finding, template) for finding in named]
+        assert torch.equal(batch.prompts.input_ids, run.prompt_tokens(texts).input_ids)
+
+
+def pairs(batch):
+    """Of reports with equal findings, and of images that have the finding of another image's prompt."""
+    reports = batch.present[batch.report_rows].tolist()
+    same = sum(reports[i] == reports[j] for i in range(len(reports)) for j in range(len(reports)) if i != j)
+    named = batch.prompt_labels[batch.prompt_index].int().argmax(1).tolist()
+    images = batch.present[batch.prompt_rows].tolist()
+    has = sum(images[i][named[j]] for i in range(len(images)) for j in range(len(images)) if i != j)
+    return same, has
+
+
+def test_the_mask_removes_the_pairs_that_a_double_loop_finds(pretrain, steps, tmp_path):
+    pretrain()
+    removed = [(line["removed_report"], line["removed_prompt"]) for line in log(tmp_path / "run")[0]]
+    assert removed == [pairs(batch) for _, batch in steps] and sum(map(sum, removed)) > 0
+
+
+def test_without_label_mask_no_pair_is_removed(pretrain, tmp_path):
+    assert pretrain("--no-label-mask") == 0
+    assert {(line["removed_report"], line["removed_prompt"]) for line in log(tmp_path / "run")[0]} == {(0, 0)}
+
+
+def test_without_image_text_no_report_is_read(pretrain, steps):
+    assert pretrain("--no-image-text") == 0
+    assert all(batch.reports == [] and len(batch.prompt_rows) == 8 for _, batch in steps)
+
+
+def test_without_image_label_no_prompt_is_drawn(pretrain, steps):
+    assert pretrain("--no-image-label") == 0
+    assert all(len(batch.prompt_rows) == 0 and len(batch.report_rows) == 8 for _, batch in steps)
+
+
+@pytest.mark.parametrize("weight", [0.25, 1.0])
+def test_the_loss_is_the_reports_and_the_weighted_prompts(pretrain, tmp_path, weight):
+    pretrain("--prompt-weight", weight)
+    for line in log(tmp_path / "run")[0]:
+        assert line["loss"] == pytest.approx(line["loss_report"] + weight * line["loss_prompt"])
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+
+def test_a_step_is_logged_with_what_it_did(tiny_run):
+    lines, _ = log(tiny_run)
+    keys = (
+        "step epoch lr loss loss_report loss_prompt removed_report removed_prompt gradient_norm logit_scale"
+    )
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(line.keys() >= {*keys.split(), "seconds"} for line in lines)
+
+
+def test_an_epoch_is_logged_with_zero_shot_accuracy_and_retrieval(tiny_run):
+    (line,) = log(tiny_run)[1]
+    assert line.keys() >= {"step", "epoch", "balanced accuracy", "i2t_P@1"}
+
+
+def test_a_run_leaves_nothing_but_log_last_and_best(tiny_run):
+    assert sorted(path.name for path in tiny_run.iterdir()) == ["best.pt", "last.pt", "log.jsonl"]
+
+
+def test_best_is_the_epoch_with_the_best_scores(pretrain, monkeypatch, tmp_path):
+    scores = iter([0.2, 0.7, 0.4])
+    monkeypatch.setattr(evaluate, "quick_scores", lambda *_: {"balanced accuracy": next(scores)})
+    pretrain("--epochs", 3)
+    assert state(tmp_path / "run", "best.pt")["progress"]["epoch"] == 2
+    assert state(tmp_path / "run", "last.pt")["progress"]["epoch"] == 3
+
+
+def test_the_loss_falls_on_a_batch_seen_again_and_again(pretrain, tmp_path):
+    pretrain("--limit", 8, "--epochs", 20, "--lr", 3e-3)
+    losses = [line["loss"] for line in log(tmp_path / "run")[0]]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+def test_training_moves_every_weight(pretrain, tiny_run, tmp_path):
+    pretrain("--lr", 0)
+    before, after = weights(tmp_path / "run"), weights(tiny_run)
+    assert [name for name in after if torch.equal(before[name], after[name])] == []
+
+
+def test_same_seed_gives_the_same_weights_bit_for_bit(pretrain, tiny_run, tmp_path):
+    pretrain()
+    one, other = weights(tiny_run), weights(tmp_path / "run")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_another_seed_gives_other_weights(pretrain, tiny_run, tmp_path):
+    pretrain("--seed", 1)
+    assert not torch.equal(weights(tiny_run)["log_scale"], weights(tmp_path / "run")["log_scale"])
+
+
+def test_limit_makes_a_smoke_run(pretrain, steps):
+    pretrain("--limit", 16)
+    assert [len(batch.rows) for _, batch in steps] == [8, 8]
+
+
+def test_the_gradient_is_clipped(pretrain, monkeypatch):
+    norms, step = [], torch.optim.AdamW.step
+
+    def spy(self, *args, **kwargs):
+        gradients = [
+            p.grad.norm() for group in self.param_groups for p in group["params"] if p.grad is not None
+        ]
+        norms.append(torch.stack(gradients).norm().item())
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    pretrain("--clip", 0.01)
+    assert norms == pytest.approx([0.01] * 4, rel=1e-3)  # torch divides by the norm plus 1e-6
+
+
+def test_the_temperature_stays_below_its_bound(pretrain, tmp_path, monkeypatch):
+    step = train.training_step
+
+    def hot(run, *rest):
+        run.model.log_scale.data.fill_(9.0)
+        return step(run, *rest)
+
+    monkeypatch.setattr(train, "training_step", hot)
+    pretrain()
+    assert weights(tmp_path / "run")["log_scale"] <= math.log(100)
+
+
+# ----------------------------------------------------------------------------------------------- tokenizer
+
+TEXTS = ["Mild left pleural effusion.", "Moderate effusions; no edema.", "The heart is enlarged, mildly."] * 3
+
+
+def test_the_learned_vocabulary_is_the_same_every_time():
+    assert len({train.learn_tokenizer(TEXTS, size=40).to_str() for _ in range(5)}) == 1
+
+
+def test_the_learned_vocabulary_covers_its_texts():
+    tokenizer = train.wrap_tokenizer(train.learn_tokenizer(TEXTS, size=40).to_str())
+    assert tokenizer.unk_token_id not in {i for row in tokenizer(TEXTS)["input_ids"] for i in row}
+
+
+def test_the_learned_vocabulary_gives_the_text_back():
+    tokenizer = train.wrap_tokenizer(train.learn_tokenizer(TEXTS, size=40).to_str())
+    decoded = tokenizer.batch_decode(tokenizer(TEXTS)["input_ids"], skip_special_tokens=True)
+    assert ["".join(text.split()) for text in decoded] == ["".join(text.lower().split()) for text in TEXTS]
+
+
+def test_the_tokenizer_comes_back_from_a_checkpoint(pretrain, steps, tmp_path):
+    pretrain()
+    tokenizer, loaded = steps[0][0].tokenizer, train.load_checkpoint(tmp_path / "run" / "last.pt").tokenizer
+    assert loaded.get_vocab() == tokenizer.get_vocab() and loaded(TEXTS) == tokenizer(TEXTS)
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_a_checkpoint_holds_weights_options_findings_and_tokenizer(tiny_run):
+    assert state(tiny_run).keys() >= {"model", "args", "findings", "tokenizer"}
+
+
+def test_a_loaded_checkpoint_gives_the_same_features(pretrain, steps, tmp_path):
+    pretrain()
+    run, batch = steps[-1]
+    model, loaded = run.model.eval(), train.load_checkpoint(tmp_path / "run" / "last.pt").model
+    assert torch.equal(model.encode_image(batch.images), loaded.encode_image(batch.images))
+    assert torch.equal(model.encode_text(*batch.reports[0]), loaded.encode_text(*batch.reports[0]))
+    assert torch.equal(model.encode_prompt(*batch.prompts), loaded.encode_prompt(*batch.prompts))
+
+
+def test_a_checkpoint_needs_no_other_file(tiny_run, tmp_path, monkeypatch):
+    shutil.copy(tiny_run / "best.pt", tmp_path / "alone.pt")
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.main(["--checkpoint", "alone.pt", "--limit", "5"]) == 0
+
+
+class Pickled:
+    """Code that a careless loader would run."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("kind", ["missing", "cut", "empty", "text", "hello", "tensors", "code"])
+def test_what_is_no_checkpoint_is_refused_by_name(tiny_run, tmp_path, capsys, kind):
+    path = tmp_path / "other.pt"
+    if kind == "tensors":
+        torch.save({"weight": torch.zeros(3)}, path)
+    elif kind == "code":
+        torch.save(Pickled(tmp_path / "ran"), path)
+    elif kind != "missing":
+        whole = (tiny_run / "best.pt").read_bytes()
+        contents = {"cut": whole[: len(whole) // 2], "empty": b"", "text": b"# UMCL\n", "hello": b"hello"}
+        path.write_bytes(contents[kind])
+    assert evaluate.main(["--checkpoint", str(path)]) == 2 and "other.pt" in refusal(capsys)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_cut_while_it_is_written_leaves_the_old_one(pretrain, tmp_path, monkeypatch):
+    saved, save = [], torch.save
+
+    def fail_at_the_third(content, path):
+        saved.append(path)
+        if len(saved) == 3:
+            Path(path).write_text("half a file")
+            raise OSError("no space left on device")
+        save(content, path)
+
+    monkeypatch.setattr(torch, "save", fail_at_the_third)
+    assert pretrain("--epochs", 2) == 2
+    assert state(tmp_path / "run")["progress"]["epoch"] == 1
+
+
+# ------------------------------------------------------------------------------------- a run that goes wrong
+
+
+def finite(folder):
+    return all(torch.isfinite(value).all() for value in weights(folder).values())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_epoch(
+    pretrain, monkeypatch, tmp_path, capsys, bad
+):
+    calls, loss = [], train.contrastive_loss
+
+    def spoilt(*inputs):
+        calls.append(1)
+        return loss(*inputs) * (bad if len(calls) > 9 else 1)  # two losses a step and four steps an epoch
+
+    monkeypatch.setattr(train, "contrastive_loss", spoilt)
+    assert pretrain("--epochs", 3) == 2 and str(tmp_path / "run" / "last.pt") in refusal(capsys)
+    assert state(tmp_path / "run")["progress"]["epoch"] == 1 and finite(tmp_path / "run")
+
+
+def test_a_gradient_that_is_not_finite_does_not_reach_a_checkpoint(pretrain, monkeypatch, tmp_path):
+    calls, loss = [], train.contrastive_loss
+
+    def spoilt(*inputs):
+        calls.append(1)
+        value = loss(*inputs)
+        if len(calls) == 16:  # the last of the second epoch: the loss that is logged is still finite
+            value.register_hook(lambda gradient: gradient * math.nan)
+        return value
+
+    monkeypatch.setattr(train, "contrastive_loss", spoilt)
+    assert pretrain("--epochs", 3) == 2
+    assert finite(tmp_path / "run")
+
+
+def test_a_learning_rate_far_too_high_is_one_sentence(pretrain, capsys):
+    assert pretrain("--lr", 1e20) == 2 and "--lr" in refusal(capsys)
+
+
+def test_ctrl_c_saves_and_says_so(pretrain, monkeypatch, tmp_path, capsys):
+    calls, step = [], train.training_step
+
+    def interrupted(*inputs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return step(*inputs)
+
+    monkeypatch.setattr(train, "training_step", interrupted)
+    assert pretrain() == 130 and "last.pt" in capsys.readouterr().out
+    assert train.load_checkpoint(tmp_path / "run" / "last.pt").findings
+
+
+def broken(chests, split):
+    """Cuts one image of the split -> its path."""
+    path = data.load_records([f"nih-chestxray14={chests}"], split)[0].image
+    path.write_bytes(path.read_bytes()[:50])
+    return path
+
+
+def test_an_unreadable_image_is_refused_by_name(pretrain, chests, capsys):
+    bad = broken(chests, "train")
+    assert pretrain("--data", f"nih-chestxray14={chests}", "--batch-size", 14) == 2
+    assert str(bad) in refusal(capsys)
+
+
+def test_unreadable_images_are_counted_and_skipped_on_demand(pretrain, chests, capsys):
+    broken(chests, "train")
+    flags = ["--data", f"nih-chestxray14={chests}", "--batch-size", 14, "--epochs", 3, "--skip-bad-images"]
+    assert pretrain(*flags) == 0 and "3 times" in capsys.readouterr().out
+
+
+def test_a_first_batch_of_unreadable_images_is_skipped_on_demand(pretrain, chests, monkeypatch):
+    read, images = data.read_image, []
+
+    def bad_at_first(image):
+        images.append(image)
+        if len(images) <= 4:
+            raise data.BadInput(f"the image {image} cannot be read")
+        return read(image)
+
+    monkeypatch.setattr(data, "read_image", bad_at_first)
+    assert pretrain("--data", f"nih-chestxray14={chests}", "--batch-size", 4, "--skip-bad-images") == 0
+
+
+def test_an_unreadable_validation_image_costs_no_training(pretrain, chests, steps, tmp_path, capsys):
+    bad = broken(chests, "valid")
+    assert pretrain("--data", f"nih-chestxray14={chests}") == 2 and str(bad) in refusal(capsys)
+    assert not steps or (tmp_path / "run" / "last.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--data mimic", "phantom, medpix2, nih-chestxray14, covid-chestxray"),
+        ("--data medpix2=nowhere", "nowhere"),
+        ("--no-image-text --no-image-label", "no training record"),
+        ("--image-size 18", "18"),
+        ("--swin-depths 1 1 1", "heads"),
+        ("--device nonsense", "nonsense"),
+        ("--image-weights nowhere.pt", "nowhere.pt"),
+    ],
+)
+def test_bad_options_are_one_sentence(pretrain, capsys, flags, named):
+    assert pretrain(*flags.split()) == 2 and named in refusal(capsys)
+
+
+def test_an_unknown_template_is_answered_with_the_known_ones(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--template", "poem"])
+    message = capsys.readouterr().err
+    assert all(template in message for template in prompts.TEMPLATES)
+
+
+# ----------------------------------------------------------------------------------------- pre-trained towers
+
+
+@pytest.fixture
+def text_model(tmp_path):
+    """A folder with a BERT and its tokenizer, as save_pretrained leaves them."""
+
+    def save(positions=64, without=""):
+        tokenizer = train.wrap_tokenizer(train.learn_tokenizer(TEXTS).to_str())
+        sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+        bert = BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=positions, **sizes))
+        kept = {
+            name: value for name, value in bert.state_dict().items() if not without or without not in name
+        }
+        bert.save_pretrained(tmp_path / "bert", state_dict=kept)
+        tokenizer.save_pretrained(tmp_path / "bert")
+        return tmp_path / "bert"
+
+    return save
+
+
+def test_a_text_model_is_where_training_starts(pretrain, text_model, tmp_path):
+    folder = text_model()
+    assert pretrain("--text-model", folder, "--lr", 0) == 0
+    trained = weights(tmp_path / "run")
+    for name, value in BertModel.from_pretrained(folder, add_pooling_layer=False).state_dict().items():
+        assert torch.equal(trained[f"text_encoder.bert.{name}"], value)
+
+
+def test_a_run_from_a_text_model_is_evaluated_without_its_folder(pretrain, text_model, tmp_path):
+    folder = text_model()
+    assert pretrain("--text-model", folder) == 0
+    shutil.rmtree(folder)
+    assert evaluate.main(["--checkpoint", str(tmp_path / "run"), "--limit", "5"]) == 0
+
+
+def test_an_unreachable_text_model_is_refused_with_the_way_to_get_it(pretrain, capsys):
+    assert pretrain("--text-model", "nobody/nothing") == 2
+    sentence = refusal(capsys)
+    assert "nobody/nothing" in sentence and "--text-model FOLDER" in sentence
+
+
+def test_a_folder_without_a_text_model_is_refused(pretrain, tmp_path, capsys):
+    (tmp_path / "bert").mkdir()
+    assert pretrain("--text-model", tmp_path / "bert") == 2 and str(tmp_path / "bert") in refusal(capsys)
+
+
+def test_a_text_model_that_is_no_bert_is_refused(pretrain, tmp_path, capsys):
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "gpt2"}')
+    assert pretrain("--text-model", tmp_path / "bert") == 2 and "'gpt2'" in refusal(capsys)
+
+
+def test_a_text_model_that_lacks_weights_is_refused(pretrain, text_model, capsys):
+    assert pretrain("--text-model", text_model(without="query.weight")) == 2
+    assert "query.weight" in refusal(capsys)
+
+
+def test_a_prompt_that_leaves_no_room_for_text_is_refused(pretrain, text_model, capsys):
+    assert pretrain("--text-model", text_model(positions=64), "--prompt-length", 60) == 2
+    assert "--prompt-length 60" in refusal(capsys)
+
+
+def test_label_prompts_are_cut_to_the_room_that_is_left(pretrain, text_model, steps):
+    assert pretrain("--text-model", text_model(positions=64), "--prompt-length", 56) == 0
+    assert all(batch.prompts.input_ids.shape[1] == 8 for _, batch in steps)
+
+
+def torchvision_swin(dim):
+    """The tiny Swin as torchvision writes it, for RGB and with a classifier's head."""
+    sizes = dict(patch_size=[4, 4], depths=[1, 1], num_heads=[1, 2], window_size=[2, 2], num_classes=3)
+    return torchvision.models.SwinTransformer(embed_dim=dim, **sizes).state_dict()
+
+
+def test_image_weights_are_where_training_starts(pretrain, tmp_path):
+    swin = torchvision_swin(16)
+    torch.save(swin, tmp_path / "swin.pt")
+    assert pretrain("--image-weights", tmp_path / "swin.pt", "--lr", 0) == 0
+    trained = weights(tmp_path / "run")
+    patches = swin["features.0.0.weight"].sum(1, keepdim=True)
+    assert torch.equal(trained["image_encoder.patch_embed.weight"], patches)
+    assert torch.equal(trained["image_encoder.norm.weight"], swin["norm.weight"])
+
+
+@pytest.mark.parametrize("kind", ["another size", "empty", "text", "hello"])
+def test_wrong_image_weights_are_refused_by_name(pretrain, tmp_path, capsys, kind):
+    path = tmp_path / "swin.pt"
+    if kind == "another size":
+        torch.save(torchvision_swin(8), path)
+    else:
+        path.write_bytes({"empty": b"", "text": b"# UMCL\n", "hello": b"hello"}[kind])
+    assert pretrain("--image-weights", path) == 2 and "swin.pt" in refusal(capsys)
