@@ -150,9 +150,7 @@ def read_table(path, columns):
 
 def medpix2(root, split):
     """MedPix 2.0: image, caption and location category, in its official splits; a patient is one case."""
-    categories = frozenset(
-        {"Abdomen", "Head", "Reproductive and Urinary System", "Spine and Muscles", "Thorax"}
-    )
+    categories = {"Abdomen", "Head", "Reproductive and Urinary System", "Spine and Muscles", "Thorax"}
     files = {"train": "train", "valid": "dev", "test": "test"}
     splits = {}
     for name, file in files.items():
@@ -160,25 +158,23 @@ def medpix2(root, split):
         if not path.is_file():
             raise BadInput(f"{path} is not there; medpix2 needs it and images/ beside splitted_dataset/")
         splits[name] = []
-        for number, line in enumerate(path.open(encoding="utf-8"), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
             try:
                 row = json.loads(line)
                 image = Path(root, "images", row["image"] + ".png")
                 caption, category, case = row["Description"]["Caption"], row["Location Category"], row["U_id"]
             except (ValueError, KeyError, TypeError) as error:
                 raise BadInput(f"{path}, line {number}, is not a MedPix description: {error!r}") from error
-            present = frozenset({category})
-            report = (caption or "").strip() or None
-            splits[name].append(Record(image, report, present, case, "medpix2", categories - present))
+            report, absent = (caption or "").strip() or None, frozenset(categories - {category})
+            splits[name].append(Record(image, report, frozenset({category}), case, "medpix2", absent))
     return pick_split(splits, split)
 
 
 def nih_chestxray14(root, split):
     """NIH ChestX-ray14: image and findings; the official test list if it is there, else splits by patient."""
-    rows = read_table(
-        Path(root, "Data_Entry_2017_v2020.csv"), ("Image Index", "Finding Labels", "Patient ID")
-    )
-    # One folder in the shared copies, images_001/images to images_012/images in Kaggle's.
+    needed = ("Image Index", "Finding Labels", "Patient ID")
+    rows = read_table(Path(root, "Data_Entry_2017_v2020.csv"), needed)
+    # One folder, or images_001/images to images_012/images in Kaggle's copy.
     folders = [Path(root, "images"), *sorted(Path(root).glob("images_*/images"))]
     places = {entry.name: folder for folder in folders if folder.is_dir() for entry in os.scandir(folder)}
     named = [frozenset(row["Finding Labels"].split("|")) for row in rows]

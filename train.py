@@ -380,9 +380,7 @@ def training_records(args):
         records = [replace(record, report=None) for record in records]
     records = [r for r in records if r.report is not None or (args.image_label and r.findings)]
     if not records:
-        raise BadInput(
-            "no training record is left: these data have no report and no label that this run uses"
-        )
+        raise BadInput("no training record is left: these data have no report or label that this run uses")
     return records
 
 

@@ -387,7 +387,7 @@ GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
 def palette_image():
     """Place i of the palette is the grey 255 - i."""
-    image = Image.fromarray(255 - GREY, "P")
+    image = Image.fromarray(255 - GREY)
     image.putpalette([255 - i for i in range(256) for _ in "rgb"])
     return image
 
