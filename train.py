@@ -299,7 +299,10 @@ def load_checkpoint(path, device="cpu"):
     if not isinstance(state, dict) or state.get("kind") != "umcl":
         raise BadInput(f"{path} is no checkpoint of this program")
     args = argparse.Namespace(**state["args"])
-    bert = BertModel(BertConfig.from_dict(json.loads(state["bert"])), add_pooling_layer=False)
+    sizes = {
+        name: value for name, value in json.loads(state["bert"]).items() if name[0] != "_"
+    }  # no library state
+    bert = BertModel(BertConfig.from_dict(sizes), add_pooling_layer=False)
     model = build_model(args, bert)
     model.load_state_dict(state["model"])
     return Run(model.to(device).eval(), wrap_tokenizer(state["tokenizer"]), state["findings"], args)
