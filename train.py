@@ -299,10 +299,9 @@ def load_checkpoint(path, device="cpu"):
     if not isinstance(state, dict) or state.get("kind") != "umcl":
         raise BadInput(f"{path} is no checkpoint of this program")
     args = argparse.Namespace(**state["args"])
-    sizes = {
-        name: value for name, value in json.loads(state["bert"]).items() if name[0] != "_"
-    }  # no library state
-    bert = BertModel(BertConfig.from_dict(sizes), add_pooling_layer=False)
+    # "_" marks the library's own state, by which older versions would choose another form of attention.
+    fields = {name: value for name, value in json.loads(state["bert"]).items() if name[0] != "_"}
+    bert = BertModel(BertConfig.from_dict(fields), add_pooling_layer=False)
     model = build_model(args, bert)
     model.load_state_dict(state["model"])
     return Run(model.to(device).eval(), wrap_tokenizer(state["tokenizer"]), state["findings"], args)
@@ -508,7 +507,7 @@ def train(args):
                 log.write(json.dumps(progress) + "\n")
                 log.flush()
                 bar.write(f"epoch {epoch}: {', '.join(f'{name} {v:.3f}' for name, v in scores.items())}")
-                if sum(scores.values()) > best:
+                if sum(scores.values()) >= best:
                     best = sum(scores.values())
                     save_checkpoint(out / "best.pt", run, progress)
         except KeyboardInterrupt:

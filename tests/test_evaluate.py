@@ -175,6 +175,12 @@ def test_the_score_of_an_image_does_not_depend_on_the_others(run):
     assert alike(encode(run, records).image_features, alone)
 
 
+def test_features_are_taken_in_evaluation_mode(run):
+    run.model.train()
+    encode(run, data.load_records(["phantom=16"], "test", 1))
+    assert not run.model.training
+
+
 def test_features_of_reports_belong_to_their_records(run):
     records = data.load_records(["phantom=16"], "train", 20)  # half of them without a report
     encoded = encode(run, records)
@@ -284,7 +290,7 @@ def test_zero_shot_uses_the_template_of_training(run, monkeypatch):
 
 def test_retrieval_of_hand_made_features(run):
     """Images 0 and 2 have a report; each report lies nearest to the other's image."""
-    encoded = hand_made([[1, 0], [0, 1], [0, 1]], [A, B, B], None, [[0, 1], [1, 0]], [0, 2])
+    encoded = hand_made([[1, 0], [1, 0], [0, 1]], [A, A, B], None, [[0, 1], [1, 0]], [0, 2])
     results = evaluate.retrieval(run, encoded)
     assert {name: entry["value"] for name, entry in results.items()} == {
         "i2t_P@1": 0, "i2t_P@2": 0.5, "i2t_R@1": 0, "t2i_P@1": 0, "t2i_P@2": 0.5, "t2i_R@1": 0,
@@ -306,9 +312,9 @@ def test_pairs_without_findings_count_for_recall_alone(run):
 
 
 def test_chance_of_retrieval_is_that_of_a_blind_draw(run):
-    results = evaluate.retrieval(run, hand_made(np.eye(4), [A, A, A, B], None, np.eye(4)))
-    assert results["i2t_P@1"]["chance"] == (3 * 3 / 4 + 1 * 1 / 4) / 4
-    assert results["i2t_R@1"]["chance"] == 1 / 4
+    results = evaluate.retrieval(run, hand_made(np.eye(6), [A, A, A, A, B, B], None, np.eye(6)))
+    assert results["i2t_P@1"]["chance"] == results["i2t_P@5"]["chance"] == (4 * 4 + 2 * 2) / 6**2
+    assert results["i2t_R@1"]["chance"] == 1 / 6 and results["i2t_R@5"]["chance"] == 5 / 6
 
 
 # -------------------------------------------------------------------------------------------------- program

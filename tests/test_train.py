@@ -296,6 +296,18 @@ def test_another_seed_gives_other_weights(pretrain, tiny_run, tmp_path):
     assert not torch.equal(weights(tiny_run)["log_scale"], weights(tmp_path / "run")["log_scale"])
 
 
+def test_every_epoch_is_in_training_mode(pretrain, monkeypatch):
+    modes, step = [], train.training_step
+
+    def spy(run, *rest):
+        modes.append(run.model.training)
+        return step(run, *rest)
+
+    monkeypatch.setattr(train, "training_step", spy)
+    pretrain("--epochs", 2)
+    assert modes == [True] * 8
+
+
 def test_limit_makes_a_smoke_run(pretrain, steps):
     pretrain("--limit", 16)
     assert [len(batch.rows) for _, batch in steps] == [8, 8]
