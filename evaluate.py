@@ -351,6 +351,7 @@ def build_parser():
     p.add_argument("--data", nargs="+", metavar="NAME[=ROOT]", help="default: what the run was trained on")
     p.add_argument("--split", choices=data.SPLITS, default="test")
     p.add_argument("--limit", type=int, help="only the first N records of each data set")
+    p.add_argument("--ids", metavar="FILE", help="exactly the images of this list of `data.py protocol`")
     p.add_argument("--classes", nargs="+", help='zero-shot between these, such as COVID-19 "No Finding"')
     p.add_argument("--prompt-set", choices=[*prompts.TEMPLATES, "ensemble"],
                    help="zero-shot prompts; default the trained template; ensemble: all there are")
@@ -371,7 +372,19 @@ def evaluate(args):
     run.args.device = args.device
     run.model.to(train.resolve_machine(run.args))
     specs = args.data or run.args.data
-    encoded = encode(run, data.load_records(specs, args.split, args.limit), args.skip_bad_images)
+    options = {"views": run.args.views, "uncertain": run.args.uncertain}
+    if args.ids:
+        ids = data.read_ids(args.ids)
+        records, chosen = (
+            data.listed_records(specs, ids, run.args.uncertain)[: args.limit],
+            f"list {args.ids}",
+        )
+        if data.fingerprint(ids) not in run.args.held_out:
+            print(f"note: the run did not hold out the patients of {args.ids}; it may have seen these images")
+    else:
+        records, chosen = data.load_records(specs, args.split, args.limit, **options), f"{args.split} split"
+    data.check_images(records, run.args.image_size)
+    encoded = encode(run, records, args.skip_bad_images)
 
     results = {}
     for task in TASKS if args.task == "all" else [args.task]:
@@ -380,11 +393,9 @@ def evaluate(args):
         if not results[task]:
             lacking = "labels" if task == "zero-shot" else "reports"
             if args.task != "all":
-                raise BadInput(
-                    f"{task} needs {lacking}; the {args.split} split of {', '.join(specs)} has none"
-                )
+                raise BadInput(f"{task} needs {lacking}; the {chosen} of {', '.join(specs)} has none")
             print(f"{task} is left out: these data have no {lacking}")
-    print(f"{path}, {args.split} split of {', '.join(specs)}, {len(encoded.records)} images")
+    print(f"{path}, {chosen} of {', '.join(specs)}, {len(encoded.records)} images")
     print_table(results)
     if args.out:
         temporary = Path(f"{args.out}.tmp")

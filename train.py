@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import signal
 import sys
 import time
 from dataclasses import replace
@@ -65,6 +64,12 @@ def build_parser():
     p.add_argument("--data", nargs="+", default=["phantom"], metavar="NAME[=ROOT]",
                    help=f"data sets to mix: {', '.join(data.DATASETS)}")
     p.add_argument("--limit", type=int, help="only the first N records of each data set (smoke runs)")
+    p.add_argument("--views", nargs="+", choices=data.VIEWS, default=list(data.FRONTAL),
+                   help="images to keep, where their data set says the view; default the frontal ones")
+    p.add_argument("--uncertain", choices=data.UNCERTAIN, default="ignore",
+                   help="what a labeler's -1 becomes: unknown, 0, 1, or each of the two by finding")
+    p.add_argument("--hold-out", nargs="+", default=[], metavar="FILE",
+                   help="lists of `data.py protocol`; the patients of their images are kept out")
     p.add_argument("--preset", choices=PRESETS, help="without it small for phantoms, paper for other data")
     p.add_argument("--out", help="folder of the run; default runs/umcl and the flags that differ")
     p.add_argument("--seed", type=int, default=0)
@@ -125,6 +130,7 @@ def parse_args(argv=None):
         args.out = run_folder(parser, args)
     elif Path(args.out, "last.pt").exists():
         raise BadInput(f"{args.out} already holds a run; give another --out or move it away")
+    args.held_out = [data.fingerprint(data.read_ids(file)) for file in args.hold_out]
     return args
 
 
@@ -344,8 +350,7 @@ def losses(run, batch, mask):
         if len(batch.prompt_rows):
             prompt_features = model.encode_prompt(*batch.prompts)[batch.prompt_index]
     if batch.reports:
-        labels = batch.present[batch.report_rows]
-        removed = mask(labels, labels, "equal")
+        removed = mask(batch.report_labels, batch.report_labels, "equal")
         own_images = image_features[batch.report_rows]
         found["report"] = contrastive_loss(own_images, report_features, scale, removed), removed
     if len(batch.prompt_rows):
@@ -375,9 +380,21 @@ def training_step(run, batch, optimizer, mask, lr):
     return loss, norm, parts
 
 
+def load_split(args, split):
+    """Records of a split without the patients who are held out; says how many images that costs."""
+    records = data.load_records(args.data, split, args.limit, views=args.views, uncertain=args.uncertain)
+    data.check_images(records, args.image_size)
+    if args.hold_out:
+        listed = data.listed_records(args.data, [id for file in args.hold_out for id in data.read_ids(file)])
+        kept = data.hold_out(records, listed)
+        print(f"{split}: {len(records) - len(kept):,} of {len(records):,} images are of held-out patients")
+        records = kept
+    return records
+
+
 def training_records(args):
     """The records that the chosen losses can use."""
-    records = data.load_records(args.data, "train", args.limit)
+    records = load_split(args, "train")
     if not args.image_text:
         records = [replace(record, report=None) for record in records]
     records = [r for r in records if r.report is not None or (args.image_label and r.findings)]
@@ -414,10 +431,6 @@ def resolve_machine(args):
     return device
 
 
-def leave_interrupts_to_the_main_process(_worker):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def training_loader(run, records):
     """Shuffled batches of records, alike for the same seed and number of workers -> DataLoader of Batch."""
     args, label_prompts = run.args, None
@@ -433,7 +446,7 @@ def training_loader(run, records):
         collate_fn=data.Collate(records, run.findings, label_prompts, run.tokenizer, args.max_length),
         num_workers=args.workers,
         persistent_workers=args.workers > 0,
-        worker_init_fn=leave_interrupts_to_the_main_process,
+        worker_init_fn=data.ignore_interrupts,
         pin_memory=run.device.type == "cuda",
         generator=torch.Generator().manual_seed(args.seed),
     )
@@ -460,7 +473,7 @@ def train(args):
     torch.manual_seed(args.seed)
     device = resolve_machine(args)
     print(json.dumps({**vars(args), "torch": torch.__version__}))
-    records, valid = training_records(args), data.load_records(args.data, "valid", args.limit)
+    records, valid = training_records(args), load_split(args, "valid")
     run = new_run(args, records)
     loader = training_loader(run, records)
     groups = parameter_groups(run.model, args.weight_decay)
@@ -469,7 +482,9 @@ def train(args):
     warmup = math.ceil(args.warmup * steps)
     mask = label_mask if args.label_mask else lambda *_: None
 
-    print(f"{len(records)} images to train on, {len(valid)} to validate, {len(run.findings)} findings")
+    reports, labelled = sum(r.report is not None for r in records), sum(bool(r.findings) for r in records)
+    print(f"{len(records):,} images to train on, {reports:,} with a report and {labelled:,} with a label")
+    print(f"{len(valid):,} to validate, {len(run.findings)} findings")
     for name, part in run.model.named_children():
         print(f"{name}: {sum(p.numel() for p in part.parameters()):,} parameters")
 

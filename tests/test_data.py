@@ -336,7 +336,7 @@ def test_every_image_of_the_real_data_is_found(name, folder, count):
 
 
 def test_an_unknown_data_set_is_answered_with_the_known_ones():
-    with pytest.raises(BadInput, match="'mimic'.*phantom, medpix2, nih-chestxray14, covid-chestxray"):
+    with pytest.raises(BadInput, match="'mimic'.*phantom, chexpert, mimic-cxr"):
         data.load_records(["mimic"], "train")
 
 
