@@ -230,8 +230,13 @@ def label_matrices(records, findings):
     """
     kinds = {}  # few different label sets, many records
     kind = [kinds.setdefault((record.findings, record.absent), len(kinds)) for record in records]
-    present = torch.tensor([[name in has for name in findings] for has, _ in kinds]).view(len(kinds), -1)
-    absent = torch.tensor([[name in lacks for name in findings] for _, lacks in kinds]).view(len(kinds), -1)
+    shape = len(kinds), len(findings)
+    present = torch.tensor([name in has for has, _ in kinds for name in findings], dtype=torch.bool).view(
+        shape
+    )
+    absent = torch.tensor([name in lacks for _, lacks in kinds for name in findings], dtype=torch.bool).view(
+        shape
+    )
     healthy = torch.tensor([NO_FINDING in has for has, _ in kinds])
     ill = torch.tensor([bool(has - NO_DISEASE) for has, _ in kinds])
     for column, name in enumerate(findings):
