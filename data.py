@@ -773,14 +773,14 @@ def csv_table(table, split):
             raise BadInput(f"{table}, row {number}, names no image")
         if cell["view"] and cell["view"].upper() not in VIEWS:
             raise BadInput(f"{table}, row {number}: the view {cell['view']!r} is none of {', '.join(VIEWS)}")
-        image, report, states = cell["image"], clean(cell["report"]), row_states(table, number, row, names)
-        known = {
+        image, states = cell["image"], row_states(table, number, row, names)
+        told = {
             "patient": cell["patient"] or image,
+            "view": cell["view"].upper(),
             "source": "csv",
             "id": image,
-            "view": cell["view"].upper(),
         }
-        record = Record(Path(table.parent, image), report, **known, **states)
+        record = Record(Path(table.parent, image), clean(cell["report"]), **told, **states)
         records.append(record)
         part = called.get(cell["split"].lower(), cell["split"].lower())
         if part in splits:

@@ -1,0 +1,61 @@
+"""Reading images, by hand: `python tests/bench_data.py`.
+
+Full-size radiographs (2544 x 3056, grey JPEG, quality 95, as MIMIC-CXR-JPG has them) against the same images
+packed: what one loading process needs from the record to the tensor that the model is given. Both sides take
+turns; the medians and the range of the ratio are over the rounds.
+"""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import data
+
+IMAGES, ROUNDS, SIDE = 16, 7, 224
+
+
+def milliseconds(images):
+    start = time.perf_counter()
+    for i in range(len(images)):
+        images[i]
+    return (time.perf_counter() - start) * 1000 / len(images)
+
+
+def main():
+    torch.set_num_threads(1)  # as in a loading process
+    with tempfile.TemporaryDirectory() as folder:
+        for n in range(IMAGES):
+            phantom, _ = data.draw_phantom(np.random.default_rng(n), {"Edema"}, 3056)
+            Image.fromarray(phantom[:, 256:-256]).save(Path(folder, f"{n}.jpg"), quality=95)
+        table = Path(folder, "table.csv")
+        table.write_text("image,split\n" + "".join(f"{n}.jpg,train\n" for n in range(IMAGES)))
+        megabytes = sum(path.stat().st_size for path in Path(folder).glob("*.jpg")) / IMAGES / 2**20
+        print(f"{IMAGES} images of {megabytes:.1f} MiB, {SIDE} pixels, torch {torch.__version__}")
+        data.pack([f"csv={table}"], f"{folder}/pack", side=SIDE, workers=0)
+        decoded = data.load_records([f"csv={table}"], "train")
+        packed = data.load_records([f"packed={folder}/pack"], "train")
+        for name, transform in (
+            ("evaluation", data.evaluation_transform(SIDE)),
+            ("training", data.training_transform(SIDE)),
+        ):
+            sides = [data.Images(records, transform) for records in (decoded, packed)]
+            if name == "evaluation":
+                same = all(torch.equal(a[1], b[1]) for a, b in zip(*sides, strict=True))
+                print(f"packed and decoded images are {'equal' if same else 'NOT EQUAL'}")
+            times = np.array([[milliseconds(images) for images in sides] for _ in range(ROUNDS)])
+            ratios = times[:, 0] / times[:, 1]
+            print(
+                f"{name} transform: decoded {np.median(times[:, 0]):.1f} ms, packed "
+                f"{np.median(times[:, 1]):.2f} ms, {np.median(ratios):.0f} times as fast "
+                f"({ratios.min():.0f} to {ratios.max():.0f})"
+            )
+
+
+if __name__ == "__main__":
+    main()
