@@ -1748,12 +1748,12 @@ def describe(spec, splits, args):
         print(f"  {masked:.1f} of them with a disease, which the mask removes among reports, and")
         print(f"  {fitting:.1f} label prompts that fit another image, which it removes among those")
 
-    owners = Counter((split, r.patient) for split, found in splits.items() for r in found)
-    shared = Counter(patient for _, patient in owners)
+    owners = {(split, r.source, r.patient) for split, found in splits.items() for r in found}
+    times = Counter((source, patient) for _, source, patient in owners)
     paths = [record.image for record in records if isinstance(record.image, Path)]
     checks = {
         "missing files": sum(not path.exists() for path in paths),
-        "patients in two splits": sum(count > 1 for count in shared.values()),
+        "patients in two splits": sum(count > 1 for count in times.values()),
         "packed images that are damaged": damaged(spec.partition("=")[2])
         if spec.startswith("packed=")
         else 0,

@@ -13,7 +13,7 @@ import train
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "REPRODUCE.md"]
-SCRIPTS = {"train": train, "evaluate": evaluate}
+SCRIPTS = {"train": train, "evaluate": evaluate, "data": data}
 
 
 def read(document):
@@ -21,9 +21,9 @@ def read(document):
 
 
 def commands(document):
-    """(script, words) of each call of train.py and evaluate.py; a shell variable stands for a number."""
+    """(script, words) of each call of a script; a shell variable stands for a number."""
     text = re.sub(r"\$\{?\w+\}?", "1", read(document).replace("\\\n", " "))
-    calls = re.findall(r"\b(?:python|torchrun)\b[^\n`&|;]*?\b(train|evaluate)\.py\b([^\n`&|;>]*)", text)
+    calls = re.findall(r"\b(?:python|torchrun)\b[^\n`&|;]*?\b(train|evaluate|data)\.py\b([^\n`&|;>]*)", text)
     return [(script, shlex.split(words, comments=True)) for script, words in calls]
 
 
@@ -31,18 +31,43 @@ def commands(document):
 def test_readme_commands_are_accepted(document):
     assert commands(document)
     for script, words in commands(document):
-        if words != ["--help"]:
+        if len(words) > 1:  # not "--help" nor a command that is only named
             args = SCRIPTS[script].build_parser().parse_args(words)
-            assert {spec.partition("=")[0] for spec in args.data or []} <= data.DATASETS.keys()
+            assert {
+                spec.partition("=")[0] for spec in getattr(args, "data", None) or []
+            } <= data.DATASETS.keys()
 
 
-def test_readme_shows_how_to_train_and_how_to_evaluate():
-    assert {script for script, _ in commands("README.md")} == {"train", "evaluate"}
+def test_readme_shows_how_to_use_each_script():
+    assert {script for script, _ in commands("README.md")} == SCRIPTS.keys()
+
+
+def test_readme_lists_every_data_set():
+    rows = re.findall(r"^\| `([\w-]+)[=`]", read("README.md").partition("## Data")[2], re.MULTILINE)
+    assert [row for row in rows if not row.startswith("--")] == list(data.DATASETS)
+
+
+def test_reproduce_lists_every_protocol():
+    rows = re.findall(
+        r"^\| `([\w-]+)` \|",
+        read("REPRODUCE.md").partition("### Evaluation sets")[2].partition("\n### ")[0],
+        re.MULTILINE,
+    )
+    assert set(rows) == data.PROTOCOLS.keys()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_flags_in_the_documents_exist(document):
-    known = "".join(script.build_parser().format_help() for script in SCRIPTS.values())
+def test_flags_in_the_documents_exist(document, capsys):
+    for script, *command in (
+        ("train",),
+        ("evaluate",),
+        ("data", "summary"),
+        ("data", "protocol"),
+        ("data", "pack"),
+    ):
+        with pytest.raises(SystemExit):
+            SCRIPTS[script].build_parser().parse_args([*command, "--help"])
+    known = capsys.readouterr().out
     flags = re.findall(r"`(?:train\.py |evaluate\.py )?(--[a-z-]+)", read(document))
     assert [flag for flag in flags if not re.search(rf"{flag}(?![\w-])", known)] == []
 
