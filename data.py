@@ -283,9 +283,9 @@ def open_table(path):
     """A text file, plain or as .gz or .zip."""
     if path.suffix == ".zip":
         archive = zipfile.ZipFile(path)
-        return io.TextIOWrapper(archive.open(archive.namelist()[0]), "utf-8", "replace", newline="")
+        return io.TextIOWrapper(archive.open(archive.namelist()[0]), "utf-8-sig", "replace", newline="")
     opened = gzip.open if path.suffix == ".gz" else open
-    return opened(path, "rt", encoding="utf-8", errors="replace", newline="")
+    return opened(path, "rt", encoding="utf-8-sig", errors="replace", newline="")
 
 
 def read_table(path, columns=()):
