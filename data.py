@@ -344,7 +344,8 @@ def four_states(names, values):
     for name, value in zip(names, values, strict=True):
         state = state_of.get(value.strip().removesuffix(".0"))
         if state is None:
-            raise BadInput(f"column {name!r} has the value {value!r}, which is none of 1, 0, -1 and blank")
+            value = repr(value) if len(value) < 12 else f"of {len(value)} letters"  # it may be a report
+            raise BadInput(f"column {name!r} has the value {value}, which is none of 1, 0, -1 and blank")
         states[state].add(name)
     return {state: shared(frozenset(group)) for state, group in states.items()}
 
