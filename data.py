@@ -510,12 +510,15 @@ def mimic_reports(root, studies):
     base = base_of(root, [f"{study}.txt" for study in studies[:: len(studies) // 50 + 1]])
     if not archive and not base:
         return {}
-    reports, files = {}, zipfile.ZipFile(archive) if archive else None
+    reports, files = {}, None
     for study in studies:
         try:
+            files = files or archive and zipfile.ZipFile(archive)
             text = files.read(f"{study}.txt") if files else Path(base, f"{study}.txt").read_bytes()
         except (KeyError, FileNotFoundError):
             continue
+        except (zipfile.BadZipFile, zlib.error) as error:
+            raise BadInput(f"{archive} is cut short or damaged ({error}); get it again") from error
         part = sections(text.decode("utf-8", "replace")).get
         reports[study] = join(part("impression"), part("findings")) or join(part("last_paragraph"))
     return reports
@@ -601,9 +604,12 @@ def openi_reports(root):
     if folder := find(root, "ecgen-radiology"):
         texts = {path.name: path.read_bytes() for path in folder.glob("*.xml")}
     elif archive := find(root, "NLMCXR_reports.tgz"):
-        with tarfile.open(archive) as files:
-            for file in (file for file in files if file.name.endswith(".xml")):
-                texts[os.path.basename(file.name)] = files.extractfile(file).read()
+        try:
+            with tarfile.open(archive) as files:
+                for file in (file for file in files if file.name.endswith(".xml")):
+                    texts[os.path.basename(file.name)] = files.extractfile(file).read()
+        except (tarfile.TarError, EOFError, zlib.error) as error:
+            raise BadInput(f"{archive} is cut short or damaged ({error}); get it again") from error
     else:
         raise BadInput(
             f"{root} has neither ecgen-radiology/ nor NLMCXR_reports.tgz nor indiana_reports.csv; "
