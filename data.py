@@ -131,10 +131,14 @@ def read_records(data, split):
             if not (Path(root).is_dir() or name == "csv"):
                 raise BadInput(f"the folder {root} of {name} is not there")
         records[spec] = DATASETS[name](root, split)
-        for id, count in Counter(record.id for record in records[spec] if record.id).most_common(1):
-            if count > 1:
-                raise BadInput(f"{name} has the image {id} {count} times in its split {split!r}; keep one")
+        refuse_repeats(records[spec], f"{name} in its split {split!r}")
     return records
+
+
+def refuse_repeats(records, where):
+    for id, count in Counter(record.id for record in records if record.id).most_common(1):
+        if count > 1:
+            raise BadInput(f"{where} has the image {id} {count} times; keep one")
 
 
 def load_records(data, split, limit=None, *, views=FRONTAL, uncertain="ignore"):
@@ -1799,6 +1803,7 @@ def protocol(args):
     read, rule, seed, _ = PROTOCOLS[args.name]
     seed = seed if args.seed is None else args.seed
     records = read(args.table)
+    refuse_repeats(records, args.table)
     chosen = rule(records, seed)
     ids, patients = [record.id for record in chosen], len({record.patient for record in chosen})
     left = hold_out(records, chosen)
