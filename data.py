@@ -483,7 +483,7 @@ def mimic_table(metadata, *splits):
     table = {
         name: find(metadata.parent, f"mimic-cxr-2.*-{name}.csv*", deep=0)
         or Path(metadata.parent, f"mimic-cxr-2.0.0-{name}.csv.gz")
-        for name in ("metadata", "split", "chexpert")
+        for name in ("split", "chexpert")
     }
     rows = read_table(table["split"], ("dicom_id", "split"))
     chosen = {row["dicom_id"] for row in rows if row["split"] in splits}
@@ -491,7 +491,7 @@ def mimic_table(metadata, *splits):
     for number, row in enumerate(read_table(table["chexpert"], ("study_id", *CHEXPERT)), 2):
         labels[row["study_id"]] = row_states(table["chexpert"], number, row, CHEXPERT)
     records = []
-    for row in read_table(table["metadata"], ("dicom_id", "subject_id", "study_id", "ViewPosition")):
+    for row in read_table(metadata, ("dicom_id", "subject_id", "study_id", "ViewPosition")):
         if row["dicom_id"] not in chosen:
             continue
         patient, study, view = f"p{row['subject_id']}", f"s{row['study_id']}", row["ViewPosition"]
