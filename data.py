@@ -1019,6 +1019,12 @@ def training_transform(size, horizontal_flip=False):
     )
 
 
+def an_image_under(root):
+    names = (Path(folder, name) for folder, _, names in os.walk(root) for name in names)
+    endings = (".png", ".jpg", ".jpeg", ".dcm")
+    return next((path for path in names if path.suffix.lower() in endings), "no image")
+
+
 def check_images(records, image_size):
     """A look before the long run: some images have to be there, and packs to be large enough.
 
@@ -1033,7 +1039,7 @@ def check_images(records, image_size):
             folder = next(parent for parent in paths[0].parents if parent.is_dir())
             raise BadInput(
                 f"none of the images of {source} is where its table says: {paths[0]} is not there, and what "
-                f"{folder} holds is {next(iter(images_under(folder).values()), 'no image')}"
+                f"{folder} holds is {an_image_under(folder)}"
             )
     for file in {record.image.file for record in records if isinstance(record.image, Packed)}:
         side = open_pack(file).shape[1]
