@@ -452,6 +452,8 @@ def chexpert_table(table, places=None):
             raise BadInput(f"{table}, row {number}: {'/'.join(parts)!r} is no path of CheXpert")
         split, patient, study, *file = parts[-depth:]
         folder = f"{(places or {}).get(patient, f'{table.parent}/{split}/{patient}')}/{study}"
+        if not file and not os.path.isdir(folder):
+            raise BadInput(f"{table}, row {number}: the study {folder} is not there; unpack the test images")
         for name in file or sorted(os.listdir(folder)):
             view = row.get("AP/PA", "")
             if view not in ("PA", "AP"):  # blank for laterals; of the frontal ones 17 are marked LL or RL
