@@ -981,7 +981,7 @@ def read_dicom(path):
         import pydicom  # for those who have DICOM files; no requirement
         from pydicom.pixels import apply_modality_lut, apply_voi_lut
     except ImportError as error:
-        raise BadInput(f"{path} is a DICOM file: `pip install pydicom`, or convert it to PNG") from error
+        raise BadInput(f"{path} is a DICOM file: `pip install 'pydicom>=3'`, or convert it to PNG") from error
     file = pydicom.dcmread(path)
     grey = apply_voi_lut(apply_modality_lut(file.pixel_array, file), file).astype(np.float32)
     grey -= grey.min()
