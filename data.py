@@ -40,6 +40,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache, lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -1156,7 +1157,7 @@ def pack(data, out, *, side, views=FRONTAL, workers=2, max_bad=100):
         open(begun / "index.jsonl", "a") as index,
         tqdm(total=len(chosen), initial=len(lines), unit="image", mininterval=1) as bar,
     ):
-        for items in loader:
+        for items in chain([()], loader):  # before the first, look at what an earlier run left
             for i, item in items:
                 line = index_line(*rest[i])
                 if isinstance(item, BadInput):
