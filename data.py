@@ -1141,7 +1141,7 @@ def pack(data, out, *, side, views=FRONTAL, workers=2, max_bad=100):
     ]
     begun = Path(f"{out}.tmp")
     begun.mkdir(parents=True, exist_ok=True)
-    lines = packed_before(begun, npy_header(len(chosen), side), side * side)
+    lines = packed_before(begun, npy_header(len(chosen), side), side)
     if [(line["split"], line["id"]) for line in lines] != [(s, r.id) for s, r in chosen[: len(lines)]]:
         raise BadInput(f"{begun} holds an unfinished pack of other data; delete it or give another --out")
     bad, rest = [line["bad"] for line in lines if "bad" in line], chosen[len(lines) :]
@@ -1188,29 +1188,30 @@ def pack(data, out, *, side, views=FRONTAL, workers=2, max_bad=100):
     return good, bad
 
 
-def packed_before(begun, header, row_size):
+def packed_before(begun, header, side):
     """Makes the two files of an unfinished pack end with the same image -> lines of its index.
 
     The last line may be cut, and lines may lack their pixels: only the kernel knows what it wrote first.
     """
     pixels, index, lines, rows, end = begun / "images.npy", begun / "index.jsonl", [], 0, 0
-    if not pixels.exists():
+    index.touch()
+    if not pixels.exists() or pixels.stat().st_size < len(header):
         pixels.write_bytes(header)
-        index.write_text("")
     with open(pixels, "rb") as file:
-        if file.read(len(header)) != header:
+        np.lib.format.read_magic(file)
+        if np.lib.format.read_array_header_1_0(file)[0][1:] != (side, side):
             raise BadInput(
                 f"{begun} holds an unfinished pack of another size; delete it or give another --out"
             )
     for text in index.read_text().splitlines(keepends=True):
         line = json.loads(text) if text.endswith("\n") else None
-        if line is None or len(header) + (rows + ("bad" not in line)) * row_size > pixels.stat().st_size:
+        if line is None or len(header) + (rows + ("bad" not in line)) * side * side > pixels.stat().st_size:
             break
         lines.append(line)
         rows += "bad" not in line
         end += len(text)
     os.truncate(index, end)
-    os.truncate(pixels, len(header) + rows * row_size)
+    os.truncate(pixels, len(header) + rows * side * side)
     return lines
 
 
