@@ -488,6 +488,7 @@ def mimic_table(metadata, *splits):
         or Path(metadata.parent, f"mimic-cxr-2.0.0-{name}.csv.gz")
         for name in ("split", "chexpert")
     }
+    next(read_table(metadata), None)  # the others lie beside it, so it is the first to be missed
     rows = read_table(table["split"], ("dicom_id", "split"))
     chosen = {row["dicom_id"] for row in rows if row["split"] in splits}
     labels = {}
