@@ -377,7 +377,8 @@ def clean(text):
     """
     text = re.sub(r"(?:^|(?<=[.:;])\s)\s*\d{1,2}[.)]\s", " ", text or "", flags=re.MULTILINE)
     text = re.sub(r"[\w/'-]*(?:XXXX|___)[\w/'-]*", " ", text)
-    text = re.sub(r"\s+(?=[.,;:)])|\(\s*\)", "", " ".join(text.split())).lstrip(" .,;:-")
+    text = " ".join(re.sub(r"\(\s*\)", " ", text).split())
+    text = re.sub(r"\s+(?=[.,;:)])", "", text).lstrip(" .,;:-")
     return text if re.search(r"[^\W\d_]{2}", text) else None
 
 
