@@ -212,10 +212,9 @@ def settle(record, policy):
         return record
     states = (record.findings, record.absent, record.uncertain, record.blank)
     present, absent = settle_states(*states, policy)
-    r = record  # dataclasses.replace takes ten times as long, and there are hundreds of thousands
-    return Record(
-        r.image, r.report, present, r.patient, r.source, absent, id=r.id, view=r.view, boxes=r.boxes
-    )
+    r, more = record, {"id": record.id, "view": record.view, "boxes": record.boxes}
+    # dataclasses.replace takes ten times as long, and there are hundreds of thousands of records
+    return Record(r.image, r.report, present, r.patient, r.source, absent, **more)
 
 
 def vocabulary(records):
@@ -233,15 +232,14 @@ def label_matrices(records, findings):
         present, absent: two (N, C) bool tensors; where both are False the finding is unknown. A record with
         "No Finding" has no other finding but devices, and one with another finding is not "No Finding".
     """
+
+    def table(sets):
+        cells = [[name in names for name in findings] for names in sets]
+        return torch.tensor(cells, dtype=torch.bool).view(len(sets), len(findings))
+
     kinds = {}  # few different label sets, many records
     kind = [kinds.setdefault((record.findings, record.absent), len(kinds)) for record in records]
-    shape = len(kinds), len(findings)
-    present = torch.tensor([name in has for has, _ in kinds for name in findings], dtype=torch.bool).view(
-        shape
-    )
-    absent = torch.tensor([name in lacks for _, lacks in kinds for name in findings], dtype=torch.bool).view(
-        shape
-    )
+    present, absent = table([has for has, _ in kinds]), table([lacks for _, lacks in kinds])
     healthy = torch.tensor([NO_FINDING in has for has, _ in kinds])
     ill = torch.tensor([bool(has - NO_DISEASE) for has, _ in kinds])
     for column, name in enumerate(findings):
