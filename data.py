@@ -1053,9 +1053,10 @@ def check_images(records, image_size):
             )
 
 
-def ignore_interrupts(_worker):
-    """For loading processes: Ctrl-C is the main process's to answer."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_signals(_worker):
+    """For loading processes: Ctrl-C and SIGTERM are the main process's to answer."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Images(torch.utils.data.Dataset):
@@ -1150,7 +1151,7 @@ def pack(data, out, *, side, views=FRONTAL, workers=2, max_bad=100):
         batch_size=16,
         collate_fn=list,
         num_workers=workers,
-        worker_init_fn=ignore_interrupts,
+        worker_init_fn=ignore_signals,
     )
     with (
         open(begun / "images.npy", "ab") as pixels,
@@ -1319,8 +1320,13 @@ class Collate:
         report_labels &= (report_labels & self.disease).any(1, keepdim=True)
 
         prompt_rows = present.any(1).nonzero()[:, 0] if self.prompts else torch.zeros(0, dtype=torch.long)
-        drawn = present[prompt_rows].float().multinomial(1)[:, 0] if len(prompt_rows) else prompt_rows
-        distinct, prompt_index = drawn.unique(return_inverse=True)
+        # What an image draws depends on this number and on the image, not on the others in its batch.
+        chance = int(torch.randint(2**31, ()))
+        drawn = [
+            np.random.default_rng((chance, row)).choice(np.flatnonzero(found))
+            for row, found in zip(rows[prompt_rows].tolist(), present[prompt_rows].numpy(), strict=True)
+        ]
+        distinct, prompt_index = torch.tensor(drawn, dtype=torch.long).unique(return_inverse=True)
         return Batch(
             rows=rows,
             images=(images.float() / 255 - MEAN) / STD,
@@ -1346,11 +1352,11 @@ def to_device(batch, device):
     return [to_device(item, device) for item in batch] if isinstance(batch, list) else batch
 
 
-def count_unreadable(batch, skip):
-    """How many images of a batch could not be read; the first is refused unless they are to be skipped."""
-    if batch.unreadable and not skip:
-        raise BadInput(batch.unreadable[0])
-    return len(batch.unreadable)
+def refuse_unreadable(sentences, budget):
+    """Refuses more than a budget of images that cannot be read; sentences: one for each, as in a Batch."""
+    if len(sentences) > budget:
+        others = f"; with {budget} others it is over the budget of --skip-bad-images" if budget else ""
+        raise BadInput(sentences[-1] + others)
 
 
 # ------------------------------------------------------------------------------------------------- phantoms

@@ -155,8 +155,8 @@ class Encoded(NamedTuple):
 
 
 @torch.no_grad()
-def encode(run, records, skip_bad_images=False):
-    """Records -> Encoded, in their order; images that cannot be read are refused, or left out."""
+def encode(run, records, skip_bad_images=0):
+    """Records -> Encoded, in their order; up to `skip_bad_images` that cannot be read are left out."""
     run.model.eval()
     findings = data.vocabulary(records)
     loader = torch.utils.data.DataLoader(
@@ -165,9 +165,10 @@ def encode(run, records, skip_bad_images=False):
         collate_fn=data.Collate(records, findings, None, run.tokenizer, run.args.max_length),
         num_workers=run.args.workers,
     )
-    rows, report_rows, image_features, report_features = [], [], [], []
+    rows, report_rows, image_features, report_features, unreadable = [], [], [], [], []
     for batch in loader:
-        data.count_unreadable(batch, skip_bad_images)
+        unreadable += batch.unreadable
+        data.refuse_unreadable(unreadable, skip_bad_images)
         report_rows.append(sum(map(len, rows)) + batch.report_rows)
         rows.append(batch.rows)
         batch = data.to_device(batch, run.device)
@@ -358,7 +359,8 @@ def build_parser():
     p.add_argument("--out", metavar="FILE.json", help="write the results there")
     p.add_argument("--gallery", metavar="FILE.png", help="draw images and the reports they retrieve")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    p.add_argument("--skip-bad-images", action="store_true", help="leave unreadable images out")
+    p.add_argument("--skip-bad-images", type=int, default=0, metavar="N",
+                   help="leave out up to N unreadable images")
     return p
 # fmt: on
 

@@ -5,24 +5,32 @@
     python train.py --data medpix2=FOLDER --preset small        real images, small towers from scratch
     python train.py --data nih-chestxray14=FOLDER covid-chestxray=FOLDER
                                                                 Swin-T and Bio_ClinicalBERT
+    python train.py --resume RUN                                goes on where a run was stopped or broke
+    torchrun --nproc-per-node=4 train.py                        four GPUs; the batch stays what it was
 
 A run leaves RUN/log.jsonl (one JSON object a line), RUN/last.pt and RUN/best.pt.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import re
+import signal
 import sys
 import time
+import zlib
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from tokenizers import BertWordPieceTokenizer, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -41,6 +49,11 @@ from umcl import (
 )
 
 SMALL_BERT = "small"  # --text-model: a BERT trained from scratch, with a vocabulary of its own
+MAX_SKIPPED = 3  # steps in a row whose loss or gradient is not finite, before a run gives up
+READING_TIMEOUT = 600  # seconds to wait for a batch: a network folder may stall without an error
+PATIENCE = timedelta(hours=12)  # of the other processes, while the first validates
+# Options that say where and how a run is computed: they change it by rounding and random numbers at most.
+MACHINE = ("device", "workers", "micro_batch_size", "log_every", "save_every", "skip_bad_images")
 
 # fmt: off
 PRESETS = {  # REPRODUCE.md compares the values of "paper" with those of the family; all are ours
@@ -55,6 +68,12 @@ PRESETS = {  # REPRODUCE.md compares the values of "paper" with those of the fam
         embed_dim=512, batch_size=128, epochs=15, lr=5e-5, weight_decay=1e-4, workers=4,
     ),
 }
+
+
+def positive(text):
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def build_parser():
@@ -72,6 +91,9 @@ def build_parser():
                    help="lists of `data.py protocol`; the patients of their images are kept out")
     p.add_argument("--preset", choices=PRESETS, help="without it small for phantoms, paper for other data")
     p.add_argument("--out", help="folder of the run; default runs/umcl and the flags that differ")
+    p.add_argument("--resume", metavar="RUN",
+                   help="folder of a run to go on with, exactly from where it was saved; only options of the "
+                        "machine may change")
     p.add_argument("--seed", type=int, default=0)
 
     a = p.add_argument_group("ablations")
@@ -99,21 +121,27 @@ def build_parser():
     m.add_argument("--embed-dim", type=int, help="size of the shared space")
 
     t = p.add_argument_group("training")
-    t.add_argument("--batch-size", type=int, help="images a step; all are each other's negatives")
+    t.add_argument("--batch-size", type=int, help="images a step, over all processes; each other's negatives")
     t.add_argument("--epochs", type=int)
     t.add_argument("--lr", type=float, help="peak; 7e-4 suits small towers from scratch, 5e-5 pre-trained")
     t.add_argument("--weight-decay", type=float, help="none on norms, biases, temperature, prompt")
     t.add_argument("--warmup", type=float, default=0.1, help="share of the steps with a rising learning rate")
     t.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
     t.add_argument("--horizontal-flip", action=on_off, default=False, help='contradicts "left" in a report')
-    t.add_argument("--skip-bad-images", action="store_true", help="count unreadable images and go on")
+    t.add_argument("--skip-bad-images", type=int, default=0, metavar="N",
+                   help="leave out up to N different unreadable images and name them at the end")
 
     e = p.add_argument_group("machine")
     e.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     e.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
                    help="auto: bf16 autocast where the processor has units for it")
+    e.add_argument("--micro-batch-size", type=positive, metavar="N",
+                   help="for a small device: encode N images or texts at a time, each twice; the loss still "
+                        "has the whole batch for negatives, which accumulating gradients would take away")
     e.add_argument("--workers", type=int, help="processes that read images; 0 for none")
-    e.add_argument("--log-every", type=int, default=10, help="steps between two lines of log.jsonl")
+    e.add_argument("--log-every", type=positive, default=10, help="steps between two lines of log.jsonl")
+    e.add_argument("--save-every", type=positive, default=1000,
+                   help="steps between two saves within an epoch; each epoch's end is saved anyway")
     return p
 # fmt: on
 
@@ -122,6 +150,8 @@ def parse_args(argv=None):
     """Command line -> Namespace with every option resolved, `out` among them."""
     parser = build_parser()
     first = parser.parse_args(argv)
+    if first.resume:
+        return resumed_args(parser, argv, first.resume)
     phantoms_only = all(spec.partition("=")[0] == "phantom" for spec in first.data)
     preset = first.preset or ("small" if phantoms_only else "paper")
     parser.set_defaults(preset=preset, **PRESETS[preset])
@@ -129,8 +159,22 @@ def parse_args(argv=None):
     if args.out is None:
         args.out = run_folder(parser, args)
     elif Path(args.out, "last.pt").exists():
-        raise BadInput(f"{args.out} already holds a run; give another --out or move it away")
+        raise BadInput(
+            f"{args.out} already holds a run; give another --out, or go on with --resume {args.out}"
+        )
     args.held_out = [data.fingerprint(data.read_ids(file)) for file in args.hold_out]
+    return args
+
+
+def resumed_args(parser, argv, folder):
+    """Options of the run in a folder, and those of the command line, if they do not alter its result."""
+    new = {"device": "auto", "resume": folder, "out": folder}
+    saved = vars(parser.parse_args([])) | read_checkpoint(Path(folder, "last.pt"))["args"] | new
+    args = parser.parse_args(argv, argparse.Namespace(**saved))  # what is not given stays as it was saved
+    altered = [name for name in vars(args) if name not in MACHINE and getattr(args, name) != saved[name]]
+    if altered:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in altered)
+        raise BadInput(f"{flags} would alter the result of {folder}; a run is resumed with its own options")
     return args
 
 
@@ -140,7 +184,7 @@ def run_folder(parser, args):
     if args.data != parser.get_default("data"):
         parts += [spec.partition("=")[0] for spec in args.data]
     for name, value in vars(args).items():
-        apart = name in ("data", "preset", "out", "device", "workers", "log_every")
+        apart = name in ("data", "preset", "out", "resume", *MACHINE)
         if apart or value == parser.get_default(name):
             continue
         flag = name.replace("_", "-")
@@ -278,8 +322,10 @@ def load_image_weights(swin, file):
         raise BadInput(f"--image-weights {file} cannot be read as weights ({error!r:.80})") from error
 
 
-def save_checkpoint(path, run, progress):
+def save_checkpoint(path, run, progress, **more):
     """Writes a whole file beside the old one, then puts it in its place; it holds tensors and plain data."""
+    if not all(torch.isfinite(p).all() for p in run.model.parameters()):
+        raise BadInput(f"the weights are not finite any more, and {path} is left as it was; try a lower --lr")
     state = {
         "kind": "umcl",
         "model": run.model.state_dict(),
@@ -288,14 +334,31 @@ def save_checkpoint(path, run, progress):
         "tokenizer": run.tokenizer.backend_tokenizer.to_str(),
         "bert": run.model.text_encoder.bert.config.to_json_string(),
         "progress": progress,
+        **more,
     }
     temporary = Path(f"{path}.tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    try:
+        torch.save(state, temporary)
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except (OSError, RuntimeError) as error:  # torch.save's own error does not say that the disk is full
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise BadInput(f"{path} cannot be written; is the disk full? ({error})") from error
 
 
-def load_checkpoint(path, device="cpu"):
-    """RUN/best.pt or RUN/last.pt -> Run in evaluation mode; no text model and no network is needed."""
+def sync(path):
+    """Has what was written to a file, or the names in a folder, put on the disk: a crash cannot undo it."""
+    place = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(place)
+    finally:
+        os.close(place)
+
+
+def read_checkpoint(path):
+    """RUN/best.pt or RUN/last.pt -> dict of tensors and plain data, as save_checkpoint made it."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
@@ -304,6 +367,15 @@ def load_checkpoint(path, device="cpu"):
         raise BadInput(f"the checkpoint {path} is cut short or no checkpoint at all") from error
     if not isinstance(state, dict) or state.get("kind") != "umcl":
         raise BadInput(f"{path} is no checkpoint of this program")
+    return state
+
+
+def load_checkpoint(path, device="cpu"):
+    """RUN/best.pt or RUN/last.pt -> Run in evaluation mode; no text model and no network is needed."""
+    return checkpoint_run(read_checkpoint(path), device)
+
+
+def checkpoint_run(state, device):
     args = argparse.Namespace(**state["args"])
     # "_" marks the library's own state, by which older versions would choose another form of attention.
     fields = {name: value for name, value in json.loads(state["bert"]).items() if name[0] != "_"}
@@ -332,52 +404,160 @@ def parameter_groups(model, weight_decay):
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 
-def losses(run, batch, mask):
+def processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def say(sentence):
+    """Prints it, of several processes in the first alone."""
+    if rank() == 0:
+        print(sentence)
+
+
+def join_processes(device):
+    """Under torchrun: the process group. Also beside GPUs, what lies on the CPU goes over gloo."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE)
+
+
+def of_all(value):
+    """A small value of each process -> list in the order of their ranks."""
+    if processes() == 1:
+        return [value]
+    values = [None] * processes()
+    try:
+        dist.all_gather_object(values, value)
+    except RuntimeError as error:
+        raise SystemExit(2) from error  # another process has ended, and has said why
+    return values
+
+
+def gathered(*tensors):
+    """The rows of all processes, in the order of their ranks -> as many tensors; only the own have a graph.
+
+    tensors: (n, ...) each; n may be another in each process, and 0.
+    """
+    counts = of_all(len(tensors[0]))
+    if len(counts) == 1 or max(counts) == 0:
+        return tensors
+    whole = []
+    for own in tensors:
+        padded = torch.nn.functional.pad(own.detach(), (0, 0, 0, max(counts) - len(own)))
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        parts = [part[:count] for part, count in zip(parts, counts, strict=True)]
+        parts[rank()] = own
+        whole.append(torch.cat(parts))
+    return whole
+
+
+def pieces_of(batch, size):
+    """What there is to encode, at most `size` images or texts a piece: images, reports, prompts, in order."""
+    inputs = [("image", batch.images)] if len(batch.rows) else []
+    inputs += [("text", *tokens) for tokens in batch.reports]
+    inputs += [("prompt", *batch.prompts)] if len(batch.prompt_rows) else []
+    cut = [(kind, zip(*(t.split(size or len(t)) for t in tensors), strict=True)) for kind, *tensors in inputs]
+    return [(kind, *piece) for kind, pieces in cut for piece in pieces]
+
+
+def losses(batch, features, scale, mask):
     """L(image, report) and L(image, label prompt) of a batch (REPRODUCE.md, the loss).
 
     Args:
+        features: (B + R + P, D) float, of the images, the reports and the distinct prompts. scale: τ.
         mask: label_mask, or without it a function that gives None.
 
     Returns:
-        {"report" or "prompt": (() float loss, (N, N) bool pairs removed or None)}, those that the batch has.
+        {"report" or "prompt": (() float loss, (N, N) bool pairs removed or None, N)}, those the batch has.
     """
-    model, found = run.model, {}
-    scale = model.logit_scale()
-    with run.autocast():
-        image_features = model.encode_image(batch.images)
-        if batch.reports:
-            report_features = torch.cat([model.encode_text(*piece) for piece in batch.reports])
-        if len(batch.prompt_rows):
-            prompt_features = model.encode_prompt(*batch.prompts)[batch.prompt_index]
-    if batch.reports:
-        removed = mask(batch.report_labels, batch.report_labels, "equal")
-        own_images = image_features[batch.report_rows]
-        found["report"] = contrastive_loss(own_images, report_features, scale, removed), removed
-    if len(batch.prompt_rows):
-        possible = ~batch.absent[batch.prompt_rows]  # an unknown finding makes no negative for its prompt
-        removed = mask(possible, batch.prompt_labels[batch.prompt_index], "subset")
-        own_images = image_features[batch.prompt_rows]
-        found["prompt"] = contrastive_loss(own_images, prompt_features, scale, removed), removed
+    counts = len(batch.rows), len(batch.report_rows), len(batch.prompt_labels)
+    images, reports, prompt_features = features.split(counts)
+    described = batch.report_labels
+    possible = ~batch.absent[batch.prompt_rows]  # an unknown finding makes no negative for its prompt
+    named = batch.prompt_labels[batch.prompt_index]
+    pairs = {
+        "report": ("equal", images[batch.report_rows], reports, described, described),
+        "prompt": ("subset", images[batch.prompt_rows], prompt_features[batch.prompt_index], possible, named),
+    }
+    found = {}
+    for name, (rule, *tensors) in pairs.items():
+        image_features, text_features, image_labels, text_labels = gathered(*tensors)
+        if len(image_features):
+            removed = mask(image_labels, text_labels, rule)
+            loss = contrastive_loss(image_features, text_features, scale, removed)
+            found[name] = loss, removed, len(image_features)
     return found
 
 
-def training_step(run, batch, optimizer, mask, lr):
-    """One step, from a batch to new weights: L = L(image, report) + λ L(image, label prompt).
+def backward(run, batch, model, mask, seed):
+    """Adds up the gradients of L = L(image, report) + λ L(image, label prompt).
+
+    The loss is taken on the features alone and its gradient then carried through the towers. So the towers
+    may run twice, first without a graph and then piece by piece with one, and still the loss has the whole
+    batch for negatives (gradient caching: Gao et al., arXiv 2101.06983).
+
+    Args:
+        model: run.model, or the DistributedDataParallel around it.
+        seed: of dropout and stochastic depth, which have to be alike in both passes.
 
     Returns:
-        loss and gradient norm, () float each, and the parts as losses gives them.
+        () float loss, and its parts as losses gives them.
+    """
+    pieces = pieces_of(batch, run.args.micro_batch_size)
+    passes = [[piece] for piece in pieces] if run.args.micro_batch_size and pieces else [pieces]
+    cached = len(passes) > 1
+    torch.manual_seed(seed)
+    with run.autocast(), torch.set_grad_enabled(not cached):
+        encoded = [model(some) for some in passes]
+    features = torch.cat([each for each, _ in encoded]).detach().requires_grad_()
+    scale = encoded[-1][1].detach().requires_grad_()
+    parts = losses(batch, features, scale, mask)
+    weight = {"report": 1.0, "prompt": run.args.prompt_weight}
+    loss = sum(weight[name] * part for name, (part, _, _) in parts.items())
+    loss.backward()
+
+    # All processes took the same loss, of the global batch, and DistributedDataParallel averages what they
+    # carry back. The scale's gradient is the same in each, so its mean is right; through the towers each
+    # carries back its own rows' share of a sum, which the number of processes makes a mean.
+    shares = (features.grad * processes()).split([len(each) for each, _ in encoded])
+    torch.manual_seed(seed)
+    for i, (some, share) in enumerate(zip(passes, shares, strict=True)):
+        last = i == len(passes) - 1
+        with contextlib.nullcontext() if last or model is run.model else model.no_sync():
+            if cached:
+                with run.autocast():
+                    encoded[i] = model(some)
+            own, own_scale = encoded[i]  # the scale once, and in the call that every process makes
+            ((own * share).sum() + own_scale * scale.grad * last).backward()
+    return loss.detach(), parts
+
+
+def training_step(run, batch, model, optimizer, mask, lr, seed):
+    """One step, from a batch to new weights; left out where loss or gradient is not finite.
+
+    Args: as for backward.
+
+    Returns:
+        loss, gradient norm, and 1 if the step was left out, else 0, each () float; the loss's parts.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
-    parts = losses(run, batch, mask)
-    weight = {"report": 1.0, "prompt": run.args.prompt_weight}
-    loss = sum(weight[name] * part for name, (part, _) in parts.items())
     optimizer.zero_grad()
-    loss.backward()
+    loss, parts = backward(run, batch, model, mask, seed)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.args.clip)
-    optimizer.step()
+    # This flag, which gradient scalers set, makes a fused optimizer leave out a step without a wait for it.
+    skipped = optimizer.found_inf = (~torch.isfinite(loss + norm)).float()
+    if optimizer.defaults["fused"] or not skipped:
+        optimizer.step()
     run.model.log_scale.data.clamp_(max=math.log(0.999 * MAX_LOGIT_SCALE))  # none flows at the bound
-    return loss, norm, parts
+    return loss, norm, skipped, parts
 
 
 def load_split(args, split):
@@ -387,7 +567,7 @@ def load_split(args, split):
     if args.hold_out:
         listed = data.listed_records(args.data, [id for file in args.hold_out for id in data.read_ids(file)])
         kept = data.hold_out(records, listed)
-        print(f"{split}: {len(records) - len(kept):,} of {len(records):,} images are of held-out patients")
+        say(f"{split}: {len(records) - len(kept):,} of {len(records):,} images are of held-out patients")
         records = kept
     return records
 
@@ -404,19 +584,28 @@ def training_records(args):
 
 
 def measures(run, loss, norm, parts):
-    """What a line of log.jsonl says of a step; `removed_...` counts the false-negative pairs masked out."""
-    line = {"loss": loss.item(), "gradient_norm": norm.item(), "logit_scale": run.model.logit_scale().item()}
-    for name, (part, removed) in parts.items():
-        pairs = 0 if removed is None else int(removed.sum() - removed.diagonal().sum())
-        line |= {f"loss_{name}": part.item(), f"removed_{name}": pairs}
-    return line
+    """What a line of log.jsonl says of a step: losses, and how many negatives the mask leaves to an image."""
+    line = {"loss": loss, "gradient_norm": norm, "logit_scale": run.model.logit_scale()}
+    for name, (part, removed, n) in parts.items():
+        pairs = removed.sum(1) - removed.diagonal().long() if removed is not None else torch.zeros(n)
+        left = n - 1 - pairs
+        line |= {
+            f"loss_{name}": part,
+            f"removed_{name}": pairs.sum().int(),  # false-negative pairs
+            f"least_negatives_{name}": left.min().int(),
+            f"mean_negatives_{name}": left.float().mean(),
+            f"rows_without_negatives_{name}": (left == 0).sum(),
+        }
+    return {name: value.item() for name, value in line.items()}
 
 
 def resolve_machine(args):
-    """Fills in --device auto and --precision auto -> torch.device."""
+    """Fills in --device auto and --precision auto -> torch.device, under torchrun that of this process."""
     if args.device == "auto":
         found = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
         args.device = (found + ["cpu"])[0]
+    if args.device == "cuda" and "LOCAL_RANK" in os.environ:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(args.device)
         torch.empty(1, device=device)
@@ -431,24 +620,66 @@ def resolve_machine(args):
     return device
 
 
-def training_loader(run, records):
-    """Shuffled batches of records, alike for the same seed and number of workers -> DataLoader of Batch."""
+def stream(*key):
+    """Seed for the random numbers of one purpose, which the key tells from all others -> int below 2³²."""
+    return zlib.crc32(repr(key).encode())
+
+
+class Batches(torch.utils.data.Dataset):
+    """(epoch, rows) -> Batch. What is random in it is a function of the seed, the epoch and the record.
+
+    So it is the same whatever the number of workers and processes, and wherever a run was stopped.
+    """
+
+    def __init__(self, images, collate, seed):
+        self.images, self.collate, self.seed = images, collate, seed
+
+    def __getitem__(self, key):
+        epoch, rows = key
+        items = []
+        for row in rows:
+            torch.default_generator.manual_seed(stream(self.seed, "image", epoch, row))
+            items.append(self.images[row])
+        torch.default_generator.manual_seed(stream(self.seed, "prompts", epoch))
+        return self.collate(items)
+
+
+def batch_keys(args, records, done):
+    """Of the batches after the first `done`, to the end of the run: (epoch, the rows of this process), each.
+
+    Every epoch shuffles anew and drops what does not fill a batch; records that fill none are one batch.
+    """
+    per_epoch = steps_per_epoch(args, records)
+    for step in range(done, args.epochs * per_epoch):
+        epoch, place = divmod(step, per_epoch)
+        if step == done or place == 0:
+            shuffler = torch.Generator().manual_seed(stream(args.seed, "order", epoch))
+            order = torch.randperm(len(records), generator=shuffler).tolist()
+        rows = order[place * args.batch_size : (place + 1) * args.batch_size]
+        yield epoch, rows[rank() :: processes()]
+
+
+def steps_per_epoch(args, records):
+    return max(1, len(records) // args.batch_size)
+
+
+def training_loader(run, records, done):
+    """This process's share of the batches after the first `done` -> DataLoader of Batch."""
     args, label_prompts = run.args, None
     if args.image_label and run.findings:
         label_prompts = run.prompt_tokens(
             [prompts.label_prompt(name, args.template) for name in run.findings]
         )
+    images = data.Images(records, data.training_transform(args.image_size, args.horizontal_flip))
+    collate = data.Collate(records, run.findings, label_prompts, run.tokenizer, args.max_length)
     return torch.utils.data.DataLoader(
-        data.Images(records, data.training_transform(args.image_size, args.horizontal_flip)),
-        args.batch_size,
-        shuffle=True,
-        drop_last=len(records) > args.batch_size,
-        collate_fn=data.Collate(records, run.findings, label_prompts, run.tokenizer, args.max_length),
+        Batches(images, collate, args.seed),
+        batch_size=None,  # a key is a whole batch
+        sampler=batch_keys(args, records, done),
         num_workers=args.workers,
-        persistent_workers=args.workers > 0,
-        worker_init_fn=data.ignore_interrupts,
+        worker_init_fn=data.ignore_signals,
+        timeout=READING_TIMEOUT if args.workers else 0,
         pin_memory=run.device.type == "cuda",
-        generator=torch.Generator().manual_seed(args.seed),
     )
 
 
@@ -464,84 +695,180 @@ def new_run(args, records):
     return Run(model.to(args.device), tokenizer, findings, args)
 
 
+def begin(args, records):
+    """A new run, or with --resume one as it was saved -> Run, its optimizer, its progress.
+
+    The progress is what a checkpoint holds of a run beside weights and moments. Of chance there is nothing to
+    hold: all random numbers are functions of the seed and of where in the run they are drawn.
+    """
+    state = read_checkpoint(Path(args.resume, "last.pt")) if args.resume else None
+    run = checkpoint_run(state, args.device)._replace(args=args) if state else new_run(args, records)
+    groups = parameter_groups(run.model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=run.device.type != "mps")
+    progress = {"step": 0, "epoch": 0, "best": -1.0, "records": len(records), "unreadable": [], "log": 0}
+    progress |= {"seconds": 0.0, "skips": [0, 0]}  # steps left out: in all, in a row
+    if state:
+        progress |= state["progress"]
+        if run.findings != data.vocabulary(records) or progress["records"] != len(records):
+            raise BadInput(f"the data have changed since {args.resume} was begun; it cannot go on with them")
+        optimizer.load_state_dict(state["optimizer"])
+    return run, optimizer, progress
+
+
+@contextlib.contextmanager
+def signals_noted():
+    """Notes Ctrl-C and SIGTERM in a list, to be answered between two steps; a second Ctrl-C acts at once."""
+    noted = []
+
+    def note(number, _frame):
+        if number == signal.SIGINT in noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def event_writer(out, step):
+    """TensorBoard's writer, from `step` on, or None where tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(out, purge_step=step + 1)
+
+
+def write_line(log, events, line):
+    """One object a line, and its numbers as TensorBoard events; JSON has no word for what is not finite."""
+    line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+    log.write(json.dumps(line) + "\n")
+    for name, value in line.items():
+        if events and isinstance(value, int | float):
+            events.add_scalar(name, value, line["step"])
+
+
 def train(args):
     """Trains as the options say; leaves log.jsonl, last.pt and best.pt in args.out.
 
     Returns:
-        exit status, 130 where Ctrl-C ended it.
+        exit status: 130 where Ctrl-C ended it, 143 where SIGTERM did.
     """
     torch.manual_seed(args.seed)
     device = resolve_machine(args)
-    print(json.dumps({**vars(args), "torch": torch.__version__}))
+    join_processes(device)
+    say(json.dumps({**vars(args), "processes": processes(), "torch": torch.__version__}))
     records, valid = training_records(args), load_split(args, "valid")
-    run = new_run(args, records)
-    loader = training_loader(run, records)
-    groups = parameter_groups(run.model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=device.type != "mps")
-    steps = args.epochs * len(loader)
+    run, optimizer, progress = begin(args, records)
+    model = run.model
+    if processes() > 1:  # a process may have no prompt or no report at all in its share of a batch
+        model = DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
+    first, per_epoch = progress["step"], steps_per_epoch(args, records)
+    loader = training_loader(run, records, first)
+    steps = args.epochs * per_epoch
     warmup = math.ceil(args.warmup * steps)
     mask = label_mask if args.label_mask else lambda *_: None
 
     reports, labelled = sum(r.report is not None for r in records), sum(bool(r.findings) for r in records)
-    print(f"{len(records):,} images to train on, {reports:,} with a report and {labelled:,} with a label")
-    print(f"{len(valid):,} to validate, {len(run.findings)} findings")
+    say(f"{len(records):,} images to train on, {reports:,} with a report and {labelled:,} with a label")
+    say(f"{len(valid):,} to validate, {len(run.findings)} findings")
     for name, part in run.model.named_children():
-        print(f"{name}: {sum(p.numel() for p in part.parameters()):,} parameters")
+        say(f"{name}: {sum(p.numel() for p in part.parameters()):,} parameters")
 
-    out, step, best, unreadable, started = Path(args.out), 0, -1.0, 0, time.time()
+    out, skips = Path(args.out), torch.tensor(progress["skips"], device=device, dtype=torch.float)
+    started = time.time() - progress["seconds"]
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "log.jsonl", "w") as log, tqdm(total=steps, unit="step", mininterval=1) as bar:
-        try:
-            for epoch in range(1, args.epochs + 1):
-                run.model.train()
-                for batch in loader:
-                    step += 1
-                    bar.update()
-                    unreadable += data.count_unreadable(batch, args.skip_bad_images)
-                    if not len(batch.rows):
-                        continue
-                    lr = lr_at(step - 1, steps, warmup, args.lr)
-                    loss, norm, parts = training_step(run, data.to_device(batch, device), optimizer, mask, lr)
-                    if step % args.log_every and step % len(loader):
-                        continue
-                    line = {
-                        "step": step,
-                        "epoch": epoch,
-                        "lr": lr,
-                        "seconds": round(time.time() - started, 2),
-                    }
+    log_file = out / "log.jsonl" if rank() == 0 else os.devnull
+    bar = tqdm(total=steps, initial=first, unit="step", mininterval=1, disable=rank() > 0)
+
+    def save():
+        """Before an epoch's validation, so that a run that is resumed there validates again."""
+        log.flush()
+        os.fsync(log.fileno())
+        progress.update(log=log.tell(), seconds=time.time() - started, skips=[int(n) for n in skips])
+        save_checkpoint(out / "last.pt", run, progress, optimizer=optimizer.state_dict())
+
+    def validate():
+        scores = evaluate.quick_scores(run, valid)
+        run.model.train()
+        where = {"step": progress["step"], "epoch": progress["epoch"]}
+        write_line(log, events, where | scores)
+        bar.write(f"epoch {where['epoch']}: {', '.join(f'{name} {v:.3f}' for name, v in scores.items())}")
+        if sum(scores.values()) >= progress["best"]:
+            progress["best"] = sum(scores.values())
+            save_checkpoint(out / "best.pt", run, where | scores)
+
+    with signals_noted() as noted, open(log_file, "a") as log, bar:
+        events = event_writer(out, first) if rank() == 0 else None
+        if rank() == 0:
+            log.truncate(min(progress["log"], log.tell()))  # what a run that broke wrote after it was saved
+            if first == 0:
+                save()  # where nothing can be written, this says so before the first step
+            elif first % per_epoch == 0:
+                validate()
+        run.model.train()
+        stop, seen, since = 0, 0, time.time()
+        for step, batch in enumerate(loader, first + 1):
+            signals, unreadable, rows = zip(*of_all((noted, batch.unreadable, len(batch.rows))), strict=True)
+            stop = max(sum(signals, []), default=0)
+            if stop:
+                break
+            progress["unreadable"] = sorted({*progress["unreadable"], *sum(unreadable, [])})
+            if rank() == 0:
+                data.refuse_unreadable(progress["unreadable"], args.skip_bad_images)
+            lr = lr_at(step - 1, steps, warmup, args.lr)
+            progress.update(step=step, epoch=math.ceil(step / per_epoch))
+            epoch_ends = step % per_epoch == 0
+            bar.update()
+            if any(rows):
+                seed = stream(args.seed, "step", step, rank())
+                batch, seen = data.to_device(batch, device), seen + sum(rows)
+                loss, norm, skipped, parts = training_step(run, batch, model, optimizer, mask, lr, seed)
+                skips += skipped
+                skips[1] *= skipped
+                if rank() == 0 and (epoch_ends or step % args.log_every == 0):
+                    now = time.time()
+                    line = {"step": step, "epoch": progress["epoch"], "lr": lr}
+                    line |= {"seconds": round(now - started, 2), "images_per_second": seen / (now - since)}
                     line |= measures(run, loss, norm, parts)
-                    log.write(json.dumps(line) + "\n")
-                    if not math.isfinite(line["loss"] + line["gradient_norm"]):
-                        raise BadInput(f"loss or gradient is not finite at step {step}; {what_is_saved(out)}")
+                    line |= {"skipped": int(skips[0]), "unreadable": len(progress["unreadable"])}
+                    write_line(log, events, line)
+                    if skips[1] >= MAX_SKIPPED:
+                        raise BadInput(
+                            f"loss or gradient was not finite in the last {int(skips[1])} steps, up to step "
+                            f"{step}; {out / 'last.pt'} holds the last good state; try a lower --lr, or "
+                            "--precision fp32"
+                        )
                     shown = {name: value for name, value in line.items() if name.startswith("removed")}
                     bar.set_postfix(loss=f"{line['loss']:.3f}", **shown, refresh=False)
-                save_checkpoint(out / "last.pt", run, {"step": step, "epoch": epoch})
-                scores = evaluate.quick_scores(run, valid)
-                progress = {"step": step, "epoch": epoch, **scores}
-                log.write(json.dumps(progress) + "\n")
-                log.flush()
-                bar.write(f"epoch {epoch}: {', '.join(f'{name} {v:.3f}' for name, v in scores.items())}")
-                if sum(scores.values()) >= best:
-                    best = sum(scores.values())
-                    save_checkpoint(out / "best.pt", run, progress)
-        except KeyboardInterrupt:
-            save_checkpoint(out / "last.pt", run, {"step": step, "epoch": epoch})
-            bar.close()
-            print(f"stopped by Ctrl-C after {step} of {steps} steps; {out / 'last.pt'} has the weights")
-            return 130
-    if unreadable:
-        print(f"images that could not be read were left out {unreadable} times")
-    print(f"{(time.time() - started) / 60:.1f} minutes; the best epoch is in {out / 'best.pt'}")
+                    seen, since = 0, now
+            if rank() == 0 and (epoch_ends or step % args.save_every == 0):
+                save()
+            if rank() == 0 and epoch_ends:
+                validate()
+                seen, since = 0, time.time()
+        if rank() == 0 and stop and progress["step"] % per_epoch:  # at an epoch's end it is saved
+            save()
+        left_out = [image for image in progress["unreadable"] if rank() == 0]
+        if left_out:
+            write_line(log, events, {"step": progress["step"], "unreadable_images": left_out})
+
+    if processes() > 1:
+        dist.destroy_process_group()
+    for sentence in left_out:
+        say(f"left out: {sentence}")
+    if stop:
+        name = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}[stop]
+        say(
+            f"stopped by {name} after {progress['step']} of {steps} steps; {out / 'last.pt'} has its state, "
+            f"--resume {out} goes on"
+        )
+        return 128 + stop
+    say(f"{(time.time() - started) / 60:.1f} minutes; the best epoch is in {out / 'best.pt'}")
     return 0
-
-
-def what_is_saved(out):
-    """What to say of a run that cannot go on."""
-    saved = (
-        f"{out / 'last.pt'} holds the last good epoch" if (out / "last.pt").exists() else "nothing is saved"
-    )
-    return f"{saved}; try a lower --lr, or --precision fp32"
 
 
 def main(argv=None):
@@ -550,8 +877,13 @@ def main(argv=None):
     except (BadInput, OSError) as error:  # OSError: a full disk, a folder that cannot be written
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:  # torch raises it in the middle of whatever runs
+        if "DataLoader" not in str(error):
+            raise
+        print(f"train.py: reading the images has failed, maybe for want of memory: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("train.py: stopped by Ctrl-C before the first step", file=sys.stderr)
+        print("train.py: stopped by Ctrl-C; what was saved before is as it was", file=sys.stderr)
         return 130
 
 

@@ -111,6 +111,18 @@ class UMCL(nn.Module):
         for projection in (self.image_projection, self.text_projection):
             nn.init.normal_(projection.weight, std=projection.in_features**-0.5)  # family: CLIP
 
+    def forward(self, pieces):
+        """All that a pass over some of a batch gives; DistributedDataParallel wants it from one call.
+
+        pieces: any number of ("image", images) and of ("text" or "prompt", input_ids, attention_mask).
+
+        Returns:
+            the pieces' features one below the other, (N, D) float32, unit length; logit_scale, () float.
+        """
+        encode = {"image": self.encode_image, "text": self.encode_text, "prompt": self.encode_prompt}
+        none = torch.zeros(0, self.image_projection.out_features, device=self.log_scale.device)
+        return torch.cat([none, *(encode[kind](*inputs) for kind, *inputs in pieces)]), self.logit_scale()
+
     def encode_image(self, images):
         """(B, in_chans, H, W) float -> v (B, D) float32, unit length."""
         return F.normalize(self.image_projection(self.image_encoder(images)).float(), dim=-1)

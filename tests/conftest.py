@@ -1,5 +1,7 @@
 """What the tests share: no network, one thread, phantoms drawn once, and one tiny run."""
 
+import json
+import multiprocessing
 from functools import lru_cache
 
 import numpy as np
@@ -15,6 +17,11 @@ TINY = (
     "--swin-dim 16 --swin-depths 1 1 --swin-heads 1 2 --embed-dim 16 --max-length 48 --prompt-length 4 "
     "--batch-size 8 --epochs 1 --lr 1e-3 --log-every 1 --workers 0 --device cpu --precision fp32"
 ).split()
+
+# Processes copied from one that has imported torch and the rest, which takes seconds, and has done nothing yet:
+# copies of the process that runs the tests could not use autograd where there is a GPU.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train"])
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -57,3 +64,24 @@ def chests(tmp_path):
         Image.fromarray(np.full((8, 8), 10 * patient, np.uint8)).save(root / "images" / f"{patient}.png")
     (root / "Data_Entry_2017_v2020.csv").write_text("\n".join(rows))
     return root
+
+
+@pytest.fixture
+def cases(tmp_path):
+    """MedPix 2.0 in small: 24 images to train on, most with a caption, and 6 to validate -> the flags for it."""
+    root = tmp_path / "cases"
+    for folder in ("images", "splitted_dataset"):
+        (root / folder).mkdir(parents=True)
+    for split, count in (("train", 24), ("dev", 6), ("test", 6)):
+        lines = []
+        for i in range(count):
+            name, category = f"{split}{i}", ("Head", "Thorax", "Abdomen")[i % 3]
+            caption = (
+                f"Image {i} of the {category}, {'large' if i % 2 else 'small'}." if i % 3 or i % 2 else ""
+            )
+            row = {"image": name, "Description": {"Caption": caption}, "Location Category": category}
+            lines.append(json.dumps(row | {"U_id": name}))
+            grey = np.random.default_rng([count, i]).integers(80 * (i % 3), 256, (16, 16), np.uint8)
+            Image.fromarray(grey).save(root / "images" / f"{name}.png")
+        (root / "splitted_dataset" / f"descriptions_{split}.jsonl").write_text("\n".join(lines))
+    return ["--data", f"medpix2={root}"]

@@ -1,9 +1,11 @@
 """Options, schedule, ablations, checkpoints, and what a run does with bad input."""
 
+import itertools
 import json
 import math
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -203,7 +205,9 @@ def test_template_is_the_text_of_the_label_prompts(pretrain, steps, template):
     for run, batch in steps:
         named = [run.findings[row.nonzero().item()] for row in batch.prompt_labels]
         texts = [prompts.label_prompt(finding, template) for finding in named]
-        assert torch.equal(batch.prompts.input_ids, run.prompt_tokens(texts).input_ids)
+        length = run.prompt_tokens(texts).input_ids.shape[1]  # those that were not drawn may be longer
+        assert torch.equal(batch.prompts.input_ids[:, :length], run.prompt_tokens(texts).input_ids)
+        assert not batch.prompts.attention_mask[:, length:].any()
 
 
 def pairs(batch):
@@ -426,7 +430,7 @@ def test_a_checkpoint_cut_while_it_is_written_leaves_the_old_one(pretrain, tmp_p
             raise OSError("no space left on device")
         save(content, path)
 
-    monkeypatch.setattr(torch, "save", fail_at_the_third)
+    monkeypatch.setattr(torch, "save", fail_at_the_third)  # after the start's and the first epoch's
     assert pretrain("--epochs", 2) == 2
     assert state(tmp_path / "run")["progress"]["epoch"] == 1
 
@@ -438,34 +442,61 @@ def finite(folder):
     return all(torch.isfinite(value).all() for value in weights(folder).values())
 
 
+@pytest.fixture
+def spoil(monkeypatch):
+    """Spoils the loss of some steps, or with `gradient` only what it carries back."""
+
+    def prepare(*steps, bad=math.nan, gradient=False):
+        calls, loss = [], train.contrastive_loss
+
+        def spoilt(*inputs):
+            calls.append(1)
+            value = loss(*inputs)
+            if (len(calls) + 1) // 2 not in steps:  # two losses a step
+                return value
+            if not gradient:
+                return value * bad
+            value.register_hook(lambda gradient: gradient * bad)
+            return value
+
+        monkeypatch.setattr(train, "contrastive_loss", spoilt)
+
+    return prepare
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_epoch(
-    pretrain, monkeypatch, tmp_path, capsys, bad
-):
-    calls, loss = [], train.contrastive_loss
-
-    def spoilt(*inputs):
-        calls.append(1)
-        return loss(*inputs) * (bad if len(calls) > 9 else 1)  # two losses a step and four steps an epoch
-
-    monkeypatch.setattr(train, "contrastive_loss", spoilt)
+def test_losses_that_are_not_finite_one_after_the_other_stop_a_run(pretrain, spoil, tmp_path, capsys, bad):
+    spoil(5, 6, 7, 8, 9, bad=bad)
     assert pretrain("--epochs", 3) == 2 and str(tmp_path / "run" / "last.pt") in refusal(capsys)
     assert state(tmp_path / "run")["progress"]["epoch"] == 1 and finite(tmp_path / "run")
+    assert [line["skipped"] for line in log(tmp_path / "run")[0]] == [0, 0, 0, 0, 1, 2, 3]
 
 
-def test_a_gradient_that_is_not_finite_does_not_reach_a_checkpoint(pretrain, monkeypatch, tmp_path):
-    calls, loss = [], train.contrastive_loss
+def test_steps_that_are_not_finite_now_and_then_do_not_stop_a_run(pretrain, spoil, tmp_path):
+    spoil(2, 3, 5, 6)
+    assert pretrain("--epochs", 2) == 0
+    lines = log(tmp_path / "run")[0]
+    assert [line["skipped"] for line in lines] == [0, 1, 2, 2, 3, 4, 4, 4]
+    assert [line["loss"] is None for line in lines] == [False, True, True, False, True, True, False, False]
 
-    def spoilt(*inputs):
-        calls.append(1)
-        value = loss(*inputs)
-        if len(calls) == 16:  # the last of the second epoch: the loss that is logged is still finite
-            value.register_hook(lambda gradient: gradient * math.nan)
-        return value
 
-    monkeypatch.setattr(train, "contrastive_loss", spoilt)
-    assert pretrain("--epochs", 3) == 2
-    assert finite(tmp_path / "run")
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_step_that_is_not_finite_changes_neither_weights_nor_moments(
+    pretrain, spoil, monkeypatch, gradient
+):
+    kept, step = [], train.training_step
+
+    def copying(run, batch, model, optimizer, *rest):
+        result = step(run, batch, model, optimizer, *rest)
+        moments = [value for state in optimizer.state.values() for value in state.values()]
+        kept.append([value.detach().clone() for value in (*run.model.parameters(), *moments)])
+        return result
+
+    monkeypatch.setattr(train, "training_step", copying)
+    spoil(3, gradient=gradient)
+    pretrain()
+    same = [all(map(torch.equal, *pair)) for pair in itertools.pairwise(kept)]
+    assert same == [False, True, False]
 
 
 def test_a_learning_rate_far_too_high_is_one_sentence(pretrain, capsys):
@@ -478,11 +509,12 @@ def test_ctrl_c_saves_and_says_so(pretrain, monkeypatch, tmp_path, capsys):
     def interrupted(*inputs):
         calls.append(1)
         if len(calls) == 3:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return step(*inputs)
 
     monkeypatch.setattr(train, "training_step", interrupted)
     assert pretrain() == 130 and "last.pt" in capsys.readouterr().out
+    assert state(tmp_path / "run")["progress"]["step"] == 3
     assert train.load_checkpoint(tmp_path / "run" / "last.pt").findings
 
 
@@ -499,10 +531,20 @@ def test_an_unreadable_image_is_refused_by_name(pretrain, chests, capsys):
     assert str(bad) in refusal(capsys)
 
 
-def test_unreadable_images_are_counted_and_skipped_on_demand(pretrain, chests, capsys):
-    broken(chests, "train")
-    flags = ["--data", f"nih-chestxray14={chests}", "--batch-size", 14, "--epochs", 3, "--skip-bad-images"]
-    assert pretrain(*flags) == 0 and "3 times" in capsys.readouterr().out
+def test_unreadable_images_are_counted_named_and_skipped_on_demand(pretrain, chests, tmp_path, capsys):
+    bad = broken(chests, "train")
+    flags = ["--data", f"nih-chestxray14={chests}", "--batch-size", 14, "--epochs", 3, "--skip-bad-images", 1]
+    assert pretrain(*flags) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out")]
+    assert str(bad) in line and line[10:] in log(tmp_path / "run")[1][-1]["unreadable_images"]
+    assert {line["unreadable"] for line in log(tmp_path / "run")[0]} == {1}
+
+
+def test_more_unreadable_images_than_the_budget_stop_a_run(pretrain, chests, capsys):
+    for record in data.load_records([f"nih-chestxray14={chests}"], "train")[:2]:
+        record.image.write_bytes(b"")
+    flags = ["--data", f"nih-chestxray14={chests}", "--batch-size", 14, "--skip-bad-images", 1]
+    assert pretrain(*flags) == 2 and "budget" in refusal(capsys)
 
 
 def test_a_first_batch_of_unreadable_images_is_skipped_on_demand(pretrain, chests, monkeypatch):
@@ -515,7 +557,7 @@ def test_a_first_batch_of_unreadable_images_is_skipped_on_demand(pretrain, chest
         return read(image)
 
     monkeypatch.setattr(data, "read_image", bad_at_first)
-    assert pretrain("--data", f"nih-chestxray14={chests}", "--batch-size", 4, "--skip-bad-images") == 0
+    assert pretrain("--data", f"nih-chestxray14={chests}", "--batch-size", 4, "--skip-bad-images", 4) == 0
 
 
 def test_an_unreadable_validation_image_costs_no_training(pretrain, chests, steps, tmp_path, capsys):
