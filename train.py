@@ -708,6 +708,8 @@ def begin(args, records):
     progress = {"step": 0, "epoch": 0, "best": -1.0, "records": len(records), "unreadable": [], "log": 0}
     progress |= {"seconds": 0.0, "skips": [0, 0]}  # steps left out: in all, in a row
     if state:
+        if "optimizer" not in state:
+            raise BadInput(f"{args.resume}/last.pt holds a model alone, so its run cannot go on")
         progress |= state["progress"]
         if run.findings != data.vocabulary(records) or progress["records"] != len(records):
             raise BadInput(f"the data have changed since {args.resume} was begun; it cannot go on with them")

@@ -18,10 +18,10 @@ TINY = (
     "--batch-size 8 --epochs 1 --lr 1e-3 --log-every 1 --workers 0 --device cpu --precision fp32"
 ).split()
 
-# Processes copied from one that has imported torch and the rest, which takes seconds, and has done nothing yet:
-# copies of the process that runs the tests could not use autograd where there is a GPU.
+# Processes copied from one that has imported torch and the rest, which takes seconds, and has done nothing
+# yet: copies of the process that runs the tests could not use autograd where there is a GPU.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train"])
+FORKS.set_forkserver_preload(["pytest", "train"])
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -68,7 +68,7 @@ def chests(tmp_path):
 
 @pytest.fixture
 def cases(tmp_path):
-    """MedPix 2.0 in small: 24 images to train on, most with a caption, and 6 to validate -> the flags for it."""
+    """MedPix 2.0 in small: 24 images to train on, most with a caption, and 6 to validate -> its flags."""
     root = tmp_path / "cases"
     for folder in ("images", "splitted_dataset"):
         (root / folder).mkdir(parents=True)

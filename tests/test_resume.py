@@ -1,16 +1,21 @@
 """A run that was stopped, or broke, ends where the unbroken one does, and its files survive."""
 
 import json
+import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
+import time
+import types
 
 import pytest
 import torch
 from conftest import FORKS, TINY
 
+import data
 import train
 
 CLOCK = ("seconds", "images_per_second")
@@ -164,21 +169,229 @@ def quietly(*arguments):
 
 
 def test_a_run_survives_being_killed_fifty_times(flags, tmp_path):
-    flags += ["--epochs", "60", "--save-every", "2"]
+    flags += ["--epochs", "10", "--save-every", "1"]
     assert train.main([*flags, "--out", str(tmp_path / "whole")]) == 0
-    run, chance, killed, reached = tmp_path / "run", random.Random(0), 0, set()
+    run, chance, killed, reached, since = tmp_path / "run", random.Random(0), 0, set(), time.time()
+    process = FORKS.Process(target=quietly, args=[*flags, "--out", str(run)])
+    process.start()
+    while not (run / "last.pt").exists():
+        time.sleep(0.01)
+    start = time.time() - since  # seconds until there is something to lose; more on a busy machine
     while killed < 50:
-        begun = (run / "last.pt").exists()
-        process = FORKS.Process(
-            target=quietly, args=["--resume", str(run)] if begun else [*flags, "--out", str(run)]
-        )
-        process.start()
-        process.join(chance.uniform(0.3, 1.0))
+        process.join(chance.uniform(0, 4 * start))
         killed += process.is_alive()
         process.kill()
         process.join()
-        if (run / "last.pt").exists():
-            reached.add(torch.load(run / "last.pt", weights_only=True)["progress"]["step"])
-    print(len(reached), reached)
+        reached.add(train.read_checkpoint(run / "last.pt")["progress"]["step"])
+        process = FORKS.Process(target=quietly, args=["--resume", str(run)])
+        process.start()
+    process.kill()
+    process.join()
+    assert len(reached) > 5  # else most died before they had done anything
+    assert train.main(["--resume", str(run)]) == 0 and same(tmp_path / "whole", run)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_answered_with_one_sentence_and_a_state_to_go_on_from(
+    flags, stop_at, tmp_path, capsys, number
+):
+    assert stop_at(2, number, *flags, "--out", tmp_path / "run") == 128 + number
+    printed, name = capsys.readouterr(), {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}[number]
+    assert printed.out.splitlines()[-1].startswith(f"stopped by {name} after 2 of 6 steps")
+    assert "Traceback" not in printed.err
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+    assert train.load_checkpoint(tmp_path / "run" / "last.pt").findings
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step(flags, stop_at, tmp_path, monkeypatch, capsys):
+    training_step = train.training_step
+
+    def stubborn(*inputs):
+        signal.raise_signal(signal.SIGINT)
+        return training_step(*inputs)
+
+    monkeypatch.setattr(train, "training_step", stubborn)
+    assert stop_at(1, signal.SIGINT, *flags, "--out", tmp_path / "run") == 130
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["progress"]["step"] == 0
+
+
+@pytest.fixture
+def small_disk(monkeypatch):
+    """From a step on, no file of this process may grow beyond 100 kB, as on a disk that is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    training_step = train.training_step
+
+    def fill(step):
+        count = []
+
+        def filling(*inputs):
+            count.append(1)
+            if len(count) == step:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+            return training_step(*inputs)
+
+        monkeypatch.setattr(train, "training_step", filling)
+
+    yield fill
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_a_full_disk_ends_with_one_sentence_and_the_checkpoint_before(
+    flags, small_disk, tmp_path, monkeypatch, capsys
+):
+    small_disk(5)
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    assert train.main([*flags, "--out", str(run)]) == 2
+    sentence = refusal(capsys)
+    assert str(run / "last.pt") in sentence and "disk" in sentence
+    assert sorted(path.name for path in run.iterdir()) == ["best.pt", "last.pt", "log.jsonl"]
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "BertConfig", with_dropout)
     assert train.main(["--resume", str(run)]) == 0
-    assert same(tmp_path / "whole", run)
+    assert train.main([*flags, "--out", str(whole)]) == 0 and same(run, whole)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(
+    flags, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(train, "training_step", lambda *_: pytest.fail("a step was taken"))
+    (tmp_path / "file").touch()
+    assert train.main([*flags, "--out", str(tmp_path / "file" / "run")]) == 2
+    assert str(tmp_path / "file") in refusal(capsys)
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_replaces_the_old_one(flags, tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def synced(place):
+        done.append(os.readlink(f"/proc/self/fd/{place}"))
+        fsync(place)
+
+    def replaced(old, new):
+        done.append((str(old), str(new)))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    train.main([*flags, "--epochs", "1", "--out", str(tmp_path / "run")])
+    run = tmp_path / "run"
+    last = [f"{run / 'last.pt'}.tmp", (f"{run / 'last.pt'}.tmp", str(run / "last.pt")), str(run)]
+    assert done[:4] == [str(run / "log.jsonl"), *last]  # the start's, and then that of the epoch
+    assert done[4:8] == [str(run / "log.jsonl"), *last]
+
+
+@pytest.mark.parametrize("name", ["last.pt", "best.pt"])
+def test_a_checkpoint_with_code_in_it_is_refused_unrun(tiny_run, tmp_path, capsys, name):
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    state = torch.load(tiny_run / name, weights_only=True)
+    torch.save(state | {"progress": Code()}, tmp_path / "last.pt")
+    assert train.main(["--resume", str(tmp_path)]) == 2 and "last.pt" in refusal(capsys)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_that_holds_no_optimizer_is_not_resumed(tiny_run, tmp_path, capsys):
+    shutil.copy(tiny_run / "best.pt", tmp_path / "last.pt")
+    assert train.main(["--resume", str(tmp_path)]) == 2 and "last.pt" in refusal(capsys)
+
+
+def test_a_worker_that_dies_ends_the_run_with_one_sentence(flags, tmp_path, monkeypatch, capsys):
+    training_step = train.training_step
+
+    def murderous(*inputs):
+        for child in multiprocessing.active_children():
+            if child.daemon:  # the workers
+                os.kill(child.pid, signal.SIGKILL)
+        return training_step(*inputs)
+
+    monkeypatch.setattr(train, "training_step", murderous)
+    assert train.main([*flags, "--epochs", "9", "--out", str(tmp_path / "run"), "--workers", "1"]) == 2
+    assert "DataLoader worker" in refusal(capsys)
+    assert train.load_checkpoint(tmp_path / "run" / "last.pt").findings
+
+
+def test_images_that_do_not_come_end_the_run_with_one_sentence(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "READING_TIMEOUT", 1)
+    monkeypatch.setattr(data, "read_image", lambda _: time.sleep(3))
+    assert train.main([*flags, "--out", str(tmp_path / "run"), "--workers", "1"]) == 2
+    assert "timed out" in refusal(capsys)
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_data_folder_that_vanishes_ends_the_run_with_one_sentence(
+    flags, tmp_path, monkeypatch, capsys, workers
+):
+    training_step = train.training_step
+
+    def vanishing(*inputs):
+        shutil.rmtree(tmp_path / "cases" / "images", ignore_errors=True)
+        return training_step(*inputs)
+
+    monkeypatch.setattr(train, "training_step", vanishing)
+    run = tmp_path / "run"
+    assert train.main([*flags, "--epochs", "9", "--out", str(run), "--workers", workers]) == 2
+    assert str(tmp_path / "cases" / "images") in refusal(capsys)
+    assert train.load_checkpoint(run / "last.pt").findings
+
+
+# ---------------------------------------------------------------------------------------------------- the log
+
+
+def test_the_log_counts_the_negatives_that_are_left(flags, tmp_path, monkeypatch):
+    parts, training_step = [], train.training_step
+
+    def spy(*inputs):
+        result = training_step(*inputs)
+        parts.append(result[-1])
+        return result
+
+    monkeypatch.setattr(train, "training_step", spy)
+    assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0
+    lines = [line for line in content(tmp_path / "run")[0] if "loss" in line]
+    for line, found in zip(lines, parts, strict=True):
+        for name, (_, removed, n) in found.items():
+            left = [sum(not removed[i, j] for j in range(n) if j != i) for i in range(n)]
+            assert line[f"least_negatives_{name}"] == min(left)
+            assert line[f"mean_negatives_{name}"] == pytest.approx(sum(left) / n)
+            assert line[f"rows_without_negatives_{name}"] == left.count(0)
+            assert line[f"removed_{name}"] == n * (n - 1) - sum(left)
+
+
+def test_a_row_without_negatives_is_counted(options):
+    run = types.SimpleNamespace(model=types.SimpleNamespace(logit_scale=lambda: torch.tensor(1.0)))
+    removed = torch.tensor([[True, True, True], [False, True, True], [False, False, False]])
+    line = train.measures(
+        run, torch.tensor(1.0), torch.tensor(1.0), {"report": (torch.tensor(1.0), removed, 3)}
+    )
+    assert (line["rows_without_negatives_report"], line["least_negatives_report"]) == (1, 0)
+    assert (line["removed_report"], line["mean_negatives_report"]) == (3, 1)
+
+
+def test_without_a_mask_every_other_row_is_a_negative(flags, tmp_path):
+    assert train.main([*flags, "--no-label-mask", "--out", str(tmp_path / "run")]) == 0
+    lines = [line for line in content(tmp_path / "run")[0] if "loss" in line]
+    assert {(line["least_negatives_prompt"], line["mean_negatives_prompt"]) for line in lines} == {(7, 7)}
+
+
+def test_tensorboard_gets_the_numbers_of_the_log_where_it_is_installed(flags, tmp_path, monkeypatch):
+    events = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            events.append((str(folder), purge_step))
+
+        def add_scalar(self, *event):
+            events.append(event)
+
+    module = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0
+    assert events[0] == (str(tmp_path / "run"), 1)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert events[1:] == [(name, value, line["step"]) for line in lines for name, value in line.items()]
