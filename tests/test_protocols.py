@@ -1,0 +1,627 @@
+"""Protocols: lists that anyone can rebuild, and runs that keep their patients out."""
+
+import csv
+import gzip
+import hashlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data
+import evaluate
+import train
+from data import BadInput, Record
+
+SHARED = Path(__file__).parents[2] / "shared" / "data" / "metadata"
+
+
+def record(findings=(), uncertain=(), view="PA", absent=(), id="", patient="1", source="test"):
+    states = {"findings": frozenset(findings), "uncertain": frozenset(uncertain), "absent": frozenset(absent)}
+    return Record(Path(id), None, patient=patient, source=source, id=id, view=view, **states)
+
+
+@pytest.fixture
+def program(capsys):
+    """data.py with these arguments -> (exit status, lines printed, the one line of errors or None)."""
+
+    def run(*arguments):
+        status = data.main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        errors = printed.err.splitlines()
+        assert len(errors) == bool(status)  # a refusal is one sentence
+        return status, printed.out.splitlines(), errors[0] if errors else None
+
+    return run
+
+
+# ----------------------------------------------------------------------------------------- the rules of 5x200
+
+KINDS = {  # what an image shows: (record, GLoRIA's rule takes it as edema, MedCLIP's does)
+    "edema alone": (record({"Edema"}), True, True),
+    "others ruled out": (record({"Edema"}, absent=set(data.CHEXPERT) - {"Edema"}), True, True),
+    "the word normal": (record({"Edema", "No Finding"}), True, True),
+    "a film from the front": (record({"Edema"}, view="FRONTAL"), True, True),
+    "another perhaps": (record({"Edema"}, uncertain={"Fracture"}), False, True),
+    "another task perhaps": (record({"Edema"}, uncertain={"Atelectasis"}), False, True),
+    "a device perhaps": (record({"Edema"}, uncertain={"Support Devices"}), False, True),
+    "a lateral film": (record({"Edema"}, view="LATERAL"), False, True),
+    "a film of unknown view": (record({"Edema"}, view="UNKNOWN"), False, True),
+    "a device, too": (record({"Edema", "Support Devices"}), False, False),
+    "another task, too": (record({"Edema", "Atelectasis"}), False, False),
+    "another finding, too": (record({"Edema", "Fracture"}), False, False),
+    "edema perhaps": (record(uncertain={"Edema"}), False, False),
+    "a device alone": (record({"Support Devices"}), False, False),
+    "nothing": (record(), False, False),
+}
+RULES = {"gloria": (data.gloria_5x200, 200), "medclip": (data.medclip_5x200, 400)}
+
+
+def cohort(number, short=0):
+    """So many images of each task and nothing else; of edema some fewer."""
+    tasks = [task for task in data.COMPETITION for _ in range(number - short * (task == "Edema"))]
+    return [record({task}, id=f"{n}.png", patient=str(n)) for n, task in enumerate(tasks)]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_rule_takes_an_image_or_does_not(kind, rule):
+    draw, number = RULES[rule]
+    shown, *taken = KINDS[kind]
+    records = [*cohort(number, short=1), shown]
+    if taken[rule == "medclip"]:
+        assert len(draw(records, 0)) == 1000
+    else:
+        with pytest.raises(
+            BadInput, match=f"only {number - 1} images show Edema and nothing else; {number} are"
+        ):
+            draw(records, 0)
+
+
+@pytest.mark.parametrize("task", data.COMPETITION)
+@pytest.mark.parametrize("rule", RULES)
+def test_a_class_with_too_few_images_fails_loudly(task, rule):
+    draw, number = RULES[rule]
+    records = cohort(number)
+    records.remove(next(r for r in records if r.findings == {task}))
+    with pytest.raises(BadInput, match=f"only {number - 1} images show {task} and nothing else"):
+        draw(records, 0)
+
+
+def test_gloria_draws_200_of_each_task_in_their_order():
+    drawn = [next(iter(r.findings)) for r in data.gloria_5x200(cohort(250), 0)]
+    assert drawn == [task for task in data.COMPETITION for _ in range(200)]
+
+
+def test_gloria_draws_by_one_generator_over_the_candidates_in_their_order():
+    records, rng = cohort(250), np.random.RandomState(3)
+    places = [250 * task + place for task in range(5) for place in rng.choice(250, 200, replace=False)]
+    assert data.gloria_5x200(records, 3) == [records[place] for place in places]
+
+
+def test_medclip_draws_a_random_half_of_400_each():
+    drawn = Counter(next(iter(r.findings)) for r in data.medclip_5x200(cohort(400), 42))
+    assert sum(drawn.values()) == 1000 and set(drawn.values()) != {200} and min(drawn.values()) > 150
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_no_image_is_drawn_twice(rule):
+    assert len({r.id for r in RULES[rule][0](cohort(450), 0)}) == 1000
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_seed_decides_the_list(rule):
+    records, draw = cohort(450), RULES[rule][0]
+    assert draw(records, 1) == draw(records, 1) != draw(records, 2)
+
+
+# ------------------------------------------------------------------------------------------- rsna and covid
+
+
+def pneumonia(positive, negative):
+    kinds = [{"Pneumonia"}] * positive + [set()] * negative
+    return [record(findings, id=f"{n:05}") for n, findings in enumerate(kinds)]
+
+
+@pytest.mark.parametrize("number", [3, 7, 20, 101])
+def test_gloria_split_leaves_no_image_out_and_none_in_two_parts(number):
+    records = pneumonia(number, 0)
+    parts = data.gloria_split(records)
+    assert sorted(r.id for part in parts.values() for r in part) == [r.id for r in records]
+
+
+@pytest.mark.parametrize("number", [7, 20, 101, 1001])
+@pytest.mark.parametrize("seed", [0, 5])
+def test_gloria_split_equals_that_of_scikit_learn(number, seed):
+    cut = pytest.importorskip("sklearn.model_selection").train_test_split
+    records = pneumonia(number, 0)
+    train_part, rest = cut(records, test_size=0.3, random_state=seed)
+    test_part, valid_part = cut(rest, test_size=0.5, random_state=seed)
+    assert data.gloria_split(records, seed) == {"train": train_part, "valid": valid_part, "test": test_part}
+
+
+def test_balanced_takes_every_image_with_the_finding_and_as_many_without():
+    drawn = data.balanced(pneumonia(6, 14), "Pneumonia", 0)
+    assert len({r.id for r in drawn}) == 12 and sum("Pneumonia" in r.findings for r in drawn) == 6
+
+
+def test_balanced_takes_a_number_of_these_if_asked():
+    drawn = data.balanced(pneumonia(60, 140), "Pneumonia", 0, 50)
+    assert len({r.id for r in drawn}) == 50 and 10 < sum("Pneumonia" in r.findings for r in drawn) < 40
+
+
+def test_balanced_without_enough_others_is_refused():
+    with pytest.raises(BadInput, match="6 images show Pneumonia and only 5 do not; as many are needed"):
+        data.balanced(pneumonia(6, 5), "Pneumonia", 0)
+
+
+def test_balanced_of_too_few_images_is_refused():
+    with pytest.raises(BadInput, match="12 images are too few; 13 are needed"):
+        data.balanced(pneumonia(6, 14), "Pneumonia", 0, 13)
+
+
+def rsna(tmp_path):
+    """20 images, the first six with pneumonia, the second of these in two rows."""
+    box = "1.0,2.0,3.0,4.0,1"
+    rows = [f"{n:02},{box if n < 6 else ',,,,0'}" for n in range(20)]
+    table = tmp_path / "labels.csv"
+    table.write_text("\n".join(["patientId,x,y,width,height,Target", *rows[:2], *rows[1:]]) + "\n")
+    return table
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("all", 20), ("balanced", 12), ("gloria-train", 14), ("gloria-valid", 3), ("gloria-test", 3)],
+)
+def test_rsna_has_five_lists(tmp_path, program, name, number):
+    status, _, _ = program(
+        "protocol", f"rsna-{name}", "--table", rsna(tmp_path), "--out", tmp_path / "ids.txt"
+    )
+    assert status == 0 and len(set(data.read_ids(tmp_path / "ids.txt"))) == number
+
+
+def test_rsna_lists_of_gloria_are_the_splits_of_the_reader(tmp_path, program):
+    folder = tmp_path / "rsna"
+    folder.mkdir()
+    rsna(tmp_path).rename(folder / "stage_2_train_labels.csv")
+    for split in data.SPLITS:
+        command = ["--table", folder / "stage_2_train_labels.csv", "--out", tmp_path / "ids.txt"]
+        program("protocol", f"rsna-gloria-{split}", *command)
+        assert data.read_ids(tmp_path / "ids.txt") == [r.id for r in data.rsna(folder, split)]
+
+
+def test_covid_normal_is_3000_images_of_two_classes(tmp_path, program):
+    for name, number in {"COVID": 1600, "Lung_Opacity": 3, "Normal": 1700, "Viral Pneumonia": 3}.items():
+        (tmp_path / name).mkdir()
+        for n in range(number):
+            (tmp_path / name / f"{name}-{n}.png").touch()
+    program("protocol", "covid-normal", "--table", tmp_path, "--out", tmp_path / "ids.txt")
+    counts = Counter(id.partition("-")[0] for id in data.read_ids(tmp_path / "ids.txt"))
+    assert counts.keys() == {"COVID", "Normal"} and sum(counts.values()) == 3000
+
+
+# --------------------------------------------------------------------------------------------- command line
+
+
+def chexpert_rows(per_task=201):
+    """Rows of CheXpert's table: so many patients of each task, each with a lateral film, too."""
+    tasks = [task for task in data.COMPETITION for _ in range(per_task)]
+    for n, task in enumerate(tasks):
+        for view, file in (("AP", "view1_frontal"), ("", "view2_lateral")):
+            labels = ["1.0" if name == task else "" for name in data.CHEXPERT]
+            yield [f"CheXpert-v1.0-small/train/patient{n:05}/study1/{file}.jpg", view, *labels]
+
+
+def write_rows(path, rows, header=("Path", "AP/PA", *data.CHEXPERT)):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
+
+
+@pytest.fixture(scope="module")
+def chexpert(tmp_path_factory):
+    """A table of 2,010 images; nobody writes beside it."""
+    return write_rows(tmp_path_factory.mktemp("chexpert") / "train.csv", chexpert_rows())
+
+
+def draw_list(program, table, out, *flags, name="chexpert-5x200"):
+    return program("protocol", name, "--table", table, "--out", out, *flags)
+
+
+def sha256(printed):
+    return printed[-1].removeprefix("SHA-256 ")
+
+
+def test_the_printed_sha256_is_that_of_the_file(chexpert, tmp_path, program):
+    _, printed, _ = draw_list(program, chexpert, tmp_path / "ids.txt")
+    assert sha256(printed) == hashlib.sha256((tmp_path / "ids.txt").read_bytes()).hexdigest()
+
+
+def test_the_command_says_how_many_are_listed_and_left(chexpert, tmp_path, program):
+    _, printed, _ = draw_list(program, chexpert, tmp_path / "ids.txt")
+    assert printed[0] == f"chexpert-5x200, seed 0: 1,000 ids of 1,000 patients in {tmp_path / 'ids.txt'}"
+    assert printed[1] == "  " + ", ".join(f"{task} 200" for task in sorted(data.COMPETITION))
+    assert printed[2] == "left without these patients: 10 images of 5 patients"
+
+
+def test_ids_have_no_prefix(chexpert, tmp_path, program):
+    draw_list(program, chexpert, tmp_path / "ids.txt")
+    assert all(id.startswith("train/patient") for id in data.read_ids(tmp_path / "ids.txt"))
+
+
+def test_a_compressed_table_gives_the_same_list(chexpert, tmp_path, program):
+    (tmp_path / "train.csv.gz").write_bytes(gzip.compress(chexpert.read_bytes()))
+    lists = [draw_list(program, t, tmp_path / "ids.txt")[1] for t in (chexpert, tmp_path / "train.csv.gz")]
+    assert lists[0] == lists[1]
+
+
+def test_the_order_of_the_columns_does_not_change_the_list(chexpert, tmp_path, program):
+    with chexpert.open(newline="") as file:
+        header, *rows = (row[::-1] for row in csv.reader(file))
+    turned = write_rows(tmp_path / "turned.csv", rows, header)
+    lists = [draw_list(program, table, tmp_path / "ids.txt")[1] for table in (chexpert, turned)]
+    assert lists[0] == lists[1]
+
+
+def test_another_seed_is_another_list(chexpert, tmp_path, program):
+    lists = [draw_list(program, chexpert, tmp_path / "i", "--seed", seed)[1] for seed in (0, 1)]
+    assert sha256(lists[0]) != sha256(lists[1])
+
+
+def test_the_default_seed_is_that_of_the_published_list(chexpert, tmp_path, program):
+    lists = [draw_list(program, chexpert, tmp_path / "i", *flags)[1] for flags in ([], ["--seed", 0])]
+    assert lists[0] == lists[1]
+
+
+def test_a_class_with_fewer_than_200_images_is_refused_and_writes_no_list(tmp_path, program):
+    table = write_rows(tmp_path / "train.csv", chexpert_rows(199))
+    status, _, error = draw_list(program, table, tmp_path / "ids.txt")
+    assert status == 2 and error.startswith("data.py: only 199 images show Atelectasis")
+    assert not (tmp_path / "ids.txt").exists()
+
+
+def changed(chexpert, path, change):
+    rows = chexpert.read_text().splitlines()
+    path.write_text("\n".join(change(rows)) + "\n")
+    return path
+
+
+CHANGES = {
+    "image twice": (lambda rows: [*rows, rows[5]], "train.csv has the image train/patient00002/study1/view1"),
+    "cells too few": (lambda rows: [*rows, rows[5][:-3]], "row 2012, has not as many cells"),
+    "a fifth state": (
+        lambda rows: [*rows[:-1], rows[-1] + "3"],
+        "row 2011: column 'Support Devices' has",
+    ),
+    "no column": (lambda rows: [rows[0].replace("Edema", "Oedema"), *rows[1:]], "has no column 'Edema'"),
+    "no path": (lambda rows: [*rows, rows[5].replace("/", "")], "row 2012: 'CheXpert-v1.0-smalltrain"),
+    "nothing": (lambda rows: [], "has no column 'No Finding'"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_table_that_cannot_be_used_is_refused_by_one_sentence(chexpert, tmp_path, program, change):
+    change, sentence = CHANGES[change]
+    table = changed(chexpert, tmp_path / "train.csv", change)
+    status, _, error = draw_list(program, table, tmp_path / "ids.txt")
+    assert status == 2 and error.startswith("data.py: ") and sentence in error and str(table) in error
+
+
+def test_a_table_that_is_cut_short_is_refused(chexpert, tmp_path, program):
+    (tmp_path / "train.csv.gz").write_bytes(gzip.compress(chexpert.read_bytes())[:-9])
+    status, _, error = draw_list(program, tmp_path / "train.csv.gz", tmp_path / "ids.txt")
+    assert status == 2 and "train.csv.gz is cut short or no CSV table" in error
+
+
+def test_a_table_that_is_not_there_is_refused(tmp_path, program):
+    status, _, error = draw_list(program, tmp_path / "train.csv", tmp_path / "ids.txt")
+    assert status == 2 and f"{tmp_path / 'train.csv'} is not there" in error
+
+
+def test_an_unknown_protocol_is_answered_with_the_known_ones(program, capsys):
+    with pytest.raises(SystemExit) as exit:
+        data.main(["protocol", "5x200", "--table", "t", "--out", "o"])
+    assert exit.value.code == 2 and "chexpert-5x200-medclip" in capsys.readouterr().err
+
+
+def mimic(folder, per_task=200):
+    """MIMIC-CXR-JPG's three tables: so many validate or test images of each task and as many for training."""
+    images, splits, labels = [], [], []
+    for n, task in enumerate(task for task in data.COMPETITION for _ in range(2 * per_task)):
+        split = "train" if n % 2 else ("validate", "test")[n % 4 // 2]
+        images.append([f"d{n}", f"{10**7 + n}", f"{5 * 10**7 + n}", "PA"])
+        splits.append([f"d{n}", split])
+        labels.append([f"{5 * 10**7 + n}", *("1.0" if name == task else "" for name in data.CHEXPERT)])
+    stem = folder / "mimic-cxr-2.0.0"
+    write_rows(Path(f"{stem}-split.csv"), splits, ("dicom_id", "split"))
+    write_rows(Path(f"{stem}-chexpert.csv"), labels, ("study_id", *data.CHEXPERT))
+    header = ("dicom_id", "subject_id", "study_id", "ViewPosition")
+    return write_rows(Path(f"{stem}-metadata.csv"), images, header)
+
+
+def test_mimic_5x200_takes_official_validate_and_test_studies_alone(tmp_path, program):
+    draw_list(program, mimic(tmp_path), tmp_path / "ids.txt", name="mimic-5x200")
+    numbers = {int(id.split("/d")[1].removesuffix(".jpg")) for id in data.read_ids(tmp_path / "ids.txt")}
+    assert numbers == set(range(0, 2000, 2))
+
+
+def test_mimic_5x200_with_too_few_of_a_class_fails_loudly(tmp_path, program):
+    status, _, error = draw_list(program, mimic(tmp_path, 199), tmp_path / "ids.txt", name="mimic-5x200")
+    assert status == 2 and "only 199 images show Atelectasis and nothing else; 200 are needed" in error
+
+
+def test_mimic_5x200_reads_the_table_that_is_named(tmp_path, program):
+    mimic(tmp_path)
+    status, _, error = draw_list(program, tmp_path / "meta.csv", tmp_path / "ids.txt", name="mimic-5x200")
+    assert status == 2 and "meta.csv is not there" in error
+
+
+@pytest.mark.parametrize("name", ["split", "chexpert"])
+def test_mimic_5x200_without_a_table_beside_names_it(tmp_path, program, name):
+    table = mimic(tmp_path)
+    (tmp_path / f"mimic-cxr-2.0.0-{name}.csv").unlink()
+    status, _, error = draw_list(program, table, tmp_path / "ids.txt", name="mimic-5x200")
+    assert status == 2 and f"mimic-cxr-2.0.0-{name}.csv" in error and "is not there" in error
+
+
+# ------------------------------------------------------------------------------------------------- lists
+
+
+def test_a_list_is_read_as_it_was_written(tmp_path):
+    data.write_ids(tmp_path / "ids.txt", ["b/1.png", "a/2.png"])
+    assert data.read_ids(tmp_path / "ids.txt") == ["b/1.png", "a/2.png"]
+
+
+@pytest.mark.parametrize("text", ["b\na\n", "b\r\na\r\n", "b\n\na"])
+def test_the_ends_of_its_lines_do_not_change_a_list(tmp_path, text):
+    (tmp_path / "ids.txt").write_bytes(text.encode())
+    assert data.read_ids(tmp_path / "ids.txt") == ["b", "a"]
+
+
+def test_the_order_of_a_list_changes_its_fingerprint():
+    assert data.fingerprint(["a", "b"]) != data.fingerprint(["b", "a"])
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "cannot be read"),
+        (b"", "is empty"),
+        (b"\n \n", "is empty"),
+        (b"\xff\xfe\x00", "cannot be read"),
+    ],
+)
+def test_a_list_that_is_none_is_refused_with_the_way_out(tmp_path, content, sentence):
+    if content is not None:
+        (tmp_path / "ids.txt").write_bytes(content)
+    with pytest.raises(BadInput, match=f"ids.txt {sentence}.*`python data.py protocol` writes one"):
+        data.read_ids(tmp_path / "ids.txt")
+
+
+def test_hold_out_drops_every_image_of_a_listed_patient():
+    records = [record(id=str(n), patient=str(n % 4)) for n in range(12)]
+    assert [r.id for r in data.hold_out(records, records[1:3])] == ["0", "3", "4", "7", "8", "11"]
+
+
+def test_hold_out_keeps_the_patients_of_other_data_sets():
+    records = [record(id="a", source="rsna"), record(id="b", source="openi")]
+    assert [r.id for r in data.hold_out(records, records[:1])] == ["b"]
+
+
+def test_holding_nobody_out_keeps_all():
+    records = [record(id=str(n), patient=str(n)) for n in range(3)]
+    assert data.hold_out(records, []) == records
+
+
+# -------------------------------------------------------------------------------- lists in train and evaluate
+
+
+@pytest.fixture
+def films(tmp_path):
+    """A table of 10 patients with three images each, one of them lateral; drawn nowhere -> its spec."""
+    rows = ["image,patient,view,split,Edema,No Finding"]
+    for n in range(30):
+        split = ("train", "train", "train", "valid", "test")[n % 10 % 5]
+        view = "LATERAL" if n >= 20 else "PA"
+        rows.append(f"{n}.png,{n % 10},{view},{split},{('1', '-1')[n % 2]},{('', '1')[n % 2]}")
+        data.Image.new("L", (8, 8), 8 * n).save(tmp_path / f"{n}.png")
+    (tmp_path / "films.csv").write_text("\n".join(rows) + "\n")
+    return f"csv={tmp_path / 'films.csv'}"
+
+
+@pytest.fixture
+def listing(tmp_path):
+    """Ids -> the file of their list."""
+
+    def write(*ids):
+        data.write_ids(tmp_path / "ids.txt", ids)
+        return tmp_path / "ids.txt"
+
+    return write
+
+
+def test_listed_records_come_in_the_order_of_the_list_from_all_splits_and_views(films):
+    ids = ["24.png", "0.png", "3.png"]  # test and lateral, train, valid
+    assert [r.id for r in data.listed_records([films], ids)] == ids
+
+
+def test_listed_records_are_settled(films):
+    assert [r.absent for r in data.listed_records([films], ["1.png"], "zeros")] == [{"Edema"}]
+
+
+def test_an_id_that_no_image_has_is_shown_beside_one_that_an_image_has(films):
+    with pytest.raises(
+        BadInput, match=r"2 of the 3 listed ids are not in csv=.*'x/0.png'.*looks like '0.png'"
+    ):
+        data.listed_records([films], ["0.png", "x/0.png", "x/1.png"])
+
+
+def test_held_out_patients_are_not_trained_on(films, listing, options):
+    args = options("--data", films, "--hold-out", listing("0.png", "24.png"))
+    assert {r.patient for r in train.training_records(args)} == {"1", "2", "5", "6", "7"}
+
+
+def test_without_hold_out_all_are_trained_on(films, options):
+    args = options("--data", films)
+    assert {r.patient for r in train.training_records(args)} == {"0", "1", "2", "5", "6", "7"}
+
+
+def test_held_out_patients_do_not_choose_the_epoch(films, listing, options):
+    args = options("--data", films, "--hold-out", listing("3.png"))
+    assert {r.patient for r in train.load_split(args, "valid")} == {"8"}
+
+
+def test_several_lists_are_held_out_together(films, listing, options, tmp_path):
+    data.write_ids(tmp_path / "more.txt", ["2.png"])
+    args = options("--data", films, "--hold-out", listing("0.png"), tmp_path / "more.txt")
+    assert {r.patient for r in train.training_records(args)} == {"1", "5", "6", "7"}
+
+
+def test_a_run_says_how_many_images_holding_out_costs(films, listing, pretrain, capsys):
+    assert pretrain("--data", films, "--hold-out", listing("0.png", "3.png")) == 0
+    printed = capsys.readouterr().out
+    assert "train: 2 of 12 images are of held-out patients" in printed
+    assert "valid: 2 of 4 images are of held-out patients" in printed
+
+
+def test_a_run_may_hold_out_all_that_would_choose_the_epoch(films, listing, pretrain):
+    assert pretrain("--data", films, "--hold-out", listing("3.png", "8.png")) == 0
+
+
+@pytest.mark.parametrize(
+    ("ids", "sentence"),
+    [
+        (["nowhere.png"], "1 of the 1 listed ids are not in csv="),
+        ([f"{n}.png" for n in range(10)], "no training record is left"),
+    ],
+    ids=["unknown", "everybody"],
+)
+def test_a_list_that_a_run_cannot_hold_out_is_refused(films, listing, pretrain, capsys, ids, sentence):
+    assert pretrain("--data", films, "--hold-out", listing(*ids)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train.py: ") and sentence in line
+
+
+def test_a_missing_list_is_refused_before_the_run(pretrain, tmp_path, capsys):
+    assert pretrain("--hold-out", tmp_path / "ids.txt") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train.py: the list ") and "`python data.py protocol` writes one" in line
+
+
+@pytest.fixture
+def assess(tiny_run, films):
+    """evaluate.py on the films, with further flags -> exit status."""
+    flags = ["--checkpoint", tiny_run, "--data", films, "--task", "zero-shot"]
+    return lambda *more: evaluate.main([str(flag) for flag in (*flags, *more)])
+
+
+def test_evaluation_takes_exactly_the_listed_images(assess, listing, films, capsys, monkeypatch):
+    seen, encode = [], evaluate.encode
+    keep = lambda run, records, skip: seen.extend(r.id for r in records) or encode(run, records, skip)  # noqa: E731
+    monkeypatch.setattr(evaluate, "encode", keep)
+    ids = listing("24.png", "1.png", "3.png")
+    assert assess("--ids", ids) == 0 and seen == ["24.png", "1.png", "3.png"]
+    assert f"list {ids} of {films}, 3 images" in capsys.readouterr().out
+
+
+def test_evaluation_notes_that_a_list_was_not_held_out(assess, listing, capsys):
+    assess("--ids", listing("0.png", "1.png"))
+    assert "note: the run did not hold out the patients of" in capsys.readouterr().out
+
+
+def test_evaluation_of_a_held_out_list_has_no_note(films, listing, pretrain, tmp_path, capsys):
+    ids = listing("0.png", "1.png")
+    pretrain("--data", films, "--hold-out", ids)
+    capsys.readouterr()
+    flags = ["--checkpoint", tmp_path / "run", "--task", "zero-shot", "--ids", ids, "--device", "cpu"]
+    assert evaluate.main([str(flag) for flag in flags]) == 0
+    assert "note:" not in capsys.readouterr().out
+
+
+def test_evaluation_of_ids_that_are_not_in_the_data_is_refused(assess, listing, capsys):
+    assert assess("--ids", listing("0.png", "x/0.png")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("evaluate.py: 1 of the 2 listed ids are not in ") and "looks like '0.png'" in line
+
+
+# ---------------------------------------------------------------------------------------------- real tables
+
+
+def real(name):
+    if not (SHARED / name).exists():
+        pytest.skip(f"the shared copy of {name} is not here")
+    return SHARED / name
+
+
+@pytest.fixture(scope="module")
+def real_chexpert():
+    return data.chexpert_table(real("chexpert_train.csv.gz"))
+
+
+COUNTS = """
+No Finding: 22381 0 0 201033, 16974 0 0
+Enlarged Cardiomediastinum: 10798 21638 12403 178575, 9187 15345 10286
+Cardiomegaly: 27000 11116 8087 177211, 23385 7869 6707
+Lung Opacity: 105581 6599 5598 105636, 94211 5051 4431
+Lung Lesion: 9186 1270 1488 211470, 7040 776 1108
+Edema: 52246 20726 12984 137458, 49675 15915 11818
+Consolidation: 14783 28097 27742 152792, 12983 19608 24381
+Pneumonia: 6039 2799 18770 195806, 4675 1875 15981
+Atelectasis: 33376 1328 33739 154971, 29720 1025 29863
+Pneumothorax: 19448 56341 3145 144480, 17693 47823 2708
+Pleural Effusion: 86187 35396 11628 90203, 76899 25299 9578
+Pleural Other: 3523 316 2653 216922, 2505 209 1812
+Fracture: 9040 2512 642 211220, 7436 1993 499
+Support Devices: 116001 6137 1079 100197, 107170 5340 915
+"""  # 1, 0, -1 and blank in all images; 1, 0 and -1 in the frontal ones
+
+
+def test_real_chexpert_has_its_labels_by_state(real_chexpert):
+    frontal = [r for r in real_chexpert if r.view in data.FRONTAL]
+    counts = [
+        [Counter(name for r in records for name in getattr(r, state)) for state in data.STATES]
+        for records in (real_chexpert, frontal)
+    ]
+    for line in COUNTS.strip().splitlines():
+        name, _, figures = line.partition(": ")
+        found = [" ".join(str(count[name]) for count in part) for part in (counts[0], counts[1][:3])]
+        assert f"{name}: {', '.join(found)}" == f"{name}: {figures}"
+
+
+def test_real_chexpert_has_its_patients_and_views(real_chexpert):
+    assert len(real_chexpert) == 223414 and len({r.patient for r in real_chexpert}) == 64540
+    views = {"AP": 161590, "PA": 29420, "FRONTAL": 17, "LATERAL": 32387}
+    assert Counter(r.view for r in real_chexpert) == views
+
+
+def test_real_chexpert_5x200_is_the_published_list(real_chexpert, tmp_path, program, monkeypatch):
+    known = data.PROTOCOLS["chexpert-5x200"]._replace(read=lambda table: real_chexpert)
+    monkeypatch.setitem(data.PROTOCOLS, "chexpert-5x200", known)
+    _, printed, _ = draw_list(program, "train.csv", tmp_path / "ids.txt")
+    assert "1,000 ids of 966 patients" in printed[0]
+    assert printed[2] == "left without these patients: 216,478 images of 63,574 patients"
+    assert sha256(printed) == "acd963617683c7dfeab92be9d00c2aade67e4ea33d04e1b5738274d196068f65"
+
+
+def test_real_medclip_variant_has_its_classes_views_and_patients(real_chexpert):
+    drawn = data.medclip_5x200(real_chexpert, data.PROTOCOLS["chexpert-5x200-medclip"].seed)
+    tasks = Counter(data.only_finding(r) for r in drawn)
+    assert [tasks[task] for task in data.COMPETITION] == [215, 197, 200, 188, 200]
+    assert Counter(r.view == "LATERAL" for r in drawn) == {False: 798, True: 202}
+    assert len({r.patient for r in drawn}) == 958
+
+
+@pytest.fixture(scope="module")
+def real_rsna():
+    return data.rsna_table(real("kaggle_stage_2_train_labels.csv.zip"))
+
+
+def test_real_rsna_split_is_that_of_gloria(real_rsna):
+    parts = data.gloria_split(real_rsna)
+    counts = {split: (len(part), sum(bool(r.findings) for r in part)) for split, part in parts.items()}
+    assert counts == {"train": (18678, 4162), "valid": (4003, 928), "test": (4003, 922)}
+
+
+def test_real_rsna_has_its_boxes(real_rsna):
+    assert Counter(len(r.boxes) for r in real_rsna) == {0: 20672, 1: 2614, 2: 3266, 3: 119, 4: 13}
