@@ -201,6 +201,14 @@ def test_covid_normal_is_3000_images_of_two_classes(tmp_path, program):
     assert counts.keys() == {"COVID", "Normal"} and sum(counts.values()) == 3000
 
 
+def test_covid_normal_of_the_published_sizes_has_the_published_classes():
+    kinds = [{"COVID-19"}] * 3616 + [{"No Finding"}] * 10192
+    records = [record(findings, id=str(n)) for n, findings in enumerate(kinds)]
+    protocol = data.PROTOCOLS["covid-normal"]
+    drawn = Counter(next(iter(r.findings)) for r in protocol.rule(records, protocol.seed))
+    assert drawn == {"COVID-19": 1483, "No Finding": 1517}
+
+
 # --------------------------------------------------------------------------------------------- command line
 
 

@@ -469,6 +469,15 @@ def test_without_any_image_the_folder_is_said_to_hold_none(name, tmp_path):
         data.check_images(everything(spec), 8)
 
 
+def test_the_look_for_an_image_to_show_ends_at_the_first(monkeypatch):
+    def walk(root):
+        yield root, [], ["notes.txt", "first.JPG"]
+        raise AssertionError("looked on")
+
+    monkeypatch.setattr("os.walk", walk)
+    assert data.an_image_under("folder") == Path("folder", "first.JPG")
+
+
 @pytest.mark.parametrize("name", READERS)
 def test_an_empty_folder_is_refused(name, tmp_path, capsys):
     assert summary(f"{name}={tmp_path}") == 2
