@@ -807,6 +807,7 @@ def train(args):
         events = event_writer(out, first) if rank() == 0 else None
         if rank() == 0:
             log.truncate(min(progress["log"], log.tell()))  # what a run that broke wrote after it was saved
+            log.seek(0, os.SEEK_END)
             if first == 0:
                 save()  # where nothing can be written, this says so before the first step
             elif first % per_epoch == 0:
