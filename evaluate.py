@@ -174,7 +174,7 @@ def encode(run, records, skip_bad_images=0):
         batch = data.to_device(batch, run.device)
         with run.autocast():
             if len(batch.rows):
-                image_features.append(run.model.encode_image(batch.images))
+                image_features.append(run.model.encode_image(data.normalise(batch.images)))
             report_features += [run.model.encode_text(*piece) for piece in batch.reports]
     rows, report_rows = torch.cat(rows), torch.cat(report_rows)
     if not len(rows):

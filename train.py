@@ -460,7 +460,7 @@ def gathered(*tensors):
 
 def pieces_of(batch, size):
     """What there is to encode, at most `size` images or texts a piece: images, reports, prompts, in order."""
-    inputs = [("image", batch.images)] if len(batch.rows) else []
+    inputs = [("image", data.normalise(batch.images))] if len(batch.rows) else []
     inputs += [("text", *tokens) for tokens in batch.reports]
     inputs += [("prompt", *batch.prompts)] if len(batch.prompt_rows) else []
     cut = [(kind, zip(*(t.split(size or len(t)) for t in tensors), strict=True)) for kind, *tensors in inputs]

@@ -546,7 +546,8 @@ def read(tokens):
 
 
 def test_black_is_minus_two_and_white_two():
-    images = collate([record(image=np.full((8, 8), grey, np.uint8)) for grey in (0, 255)]).images
+    batch = collate([record(image=np.full((8, 8), grey, np.uint8)) for grey in (0, 255)])
+    images = data.normalise(batch.images)
     assert images.amin((1, 2, 3)).tolist() == images.amax((1, 2, 3)).tolist() == [-2, 2]
 
 
