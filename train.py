@@ -859,19 +859,16 @@ def train(args):
         if left_out:
             write_line(log, events, {"step": progress["step"], "unreadable_images": left_out})
 
-    if processes() > 1:
-        dist.destroy_process_group()
     for sentence in left_out:
         say(f"left out: {sentence}")
     if stop:
         name = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}[stop]
-        say(
-            f"stopped by {name} after {progress['step']} of {steps} steps; {out / 'last.pt'} has its state, "
-            f"--resume {out} goes on"
-        )
-        return 128 + stop
-    say(f"{(time.time() - started) / 60:.1f} minutes; the best epoch is in {out / 'best.pt'}")
-    return 0
+        say(f"stopped by {name} after {progress['step']} of {steps} steps; --resume {out} goes on from there")
+    else:
+        say(f"{(time.time() - started) / 60:.1f} minutes; the best epoch is in {out / 'best.pt'}")
+    if processes() > 1:
+        dist.destroy_process_group()
+    return 128 + stop if stop else 0
 
 
 def main(argv=None):

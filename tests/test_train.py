@@ -514,7 +514,7 @@ def test_ctrl_c_saves_and_says_so(pretrain, monkeypatch, tmp_path, capsys):
         return step(*inputs)
 
     monkeypatch.setattr(train, "training_step", interrupted)
-    assert pretrain() == 130 and "last.pt" in capsys.readouterr().out
+    assert pretrain() == 130 and "--resume" in capsys.readouterr().out
     assert state(tmp_path / "run")["progress"]["step"] == 3
     assert train.load_checkpoint(tmp_path / "run" / "last.pt").findings
 
