@@ -11,8 +11,10 @@ Similarity is the cosine of unit-length features. No score depends on what else 
 import argparse
 import json
 import os
+import re
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,29 +30,46 @@ from data import BadInput
 # ------------------------------------------------------------------------------------------------- metrics
 
 
-def relevance_at_k(similarity, query_labels, candidate_labels, ks):
-    """For each query the share of relevant candidates among its K best: P@K before the mean over queries.
+def label_sets(*labels):
+    """(N, C) bool each -> (N,) int64 each, one number for each set of findings, -1 where none is known."""
+    rows = np.concatenate([np.asarray(each, dtype=bool) for each in labels])
+    _, number = np.unique(rows, axis=0, return_inverse=True)
+    number = torch.from_numpy(np.where(rows.any(1), number.reshape(-1), -1))
+    return number.split([len(each) for each in labels])
 
-    Args: as for precision_at_k.
+
+def shares_at_k(similarity, query_sets, candidate_sets, ks):
+    """For each query the share of relevant candidates among its K nearest: P@K before the mean over queries.
+
+    Args:
+        similarity: (Q, K) float. query_sets: (Q,) int64, candidate_sets: (K,) int64, as label_sets has them.
 
     Returns:
-        {k: (Q,) float}
+        (Q, len(ks)) float
     """
-    similarity, query_labels, candidate_labels = map(np.asarray, (similarity, query_labels, candidate_labels))
-    if max(ks) > similarity.shape[1]:
-        raise ValueError(f"P@{max(ks)} needs as many candidates, not {similarity.shape[1]}")
-    _, label_set = np.unique(np.concatenate([query_labels, candidate_labels]), axis=0, return_inverse=True)
-    query_set, candidate_set = np.split(label_set.reshape(-1), [len(query_labels)])
-    relevant = (query_set[:, None] == candidate_set) & query_labels.any(1)[:, None]
-    best = np.lexsort((relevant, -similarity), axis=1)[
-        :, : max(ks)
-    ]  # of equal ones the irrelevant come first
-    hits = np.take_along_axis(relevant, best, axis=1).cumsum(1)
-    return {k: hits[:, k - 1] / k for k in ks}
+    similarity = torch.as_tensor(similarity)
+    count, query_sets = similarity.shape[1], query_sets[:, None]
+    if max(ks) > count:
+        raise ValueError(f"P@{max(ks)} needs as many candidates, not {count}")
+    nearest, where = similarity.topk(min(max(ks) + 1, count))
+    relevant = (candidate_sets[where] == query_sets) & (query_sets >= 0)
+    shares = []
+    for k in ks:
+        hits = relevant[:, :k].sum(1)
+        tied = nearest[:, k - 1] == nearest[:, k] if k < count else torch.zeros(len(hits), dtype=torch.bool)
+        if tied.any():  # of those as near as the K-th the irrelevant come first
+            edge = nearest[tied, k - 1 : k]
+            rows, columns = (similarity[tied] == edge).nonzero(as_tuple=True)
+            sets = query_sets[tied][rows, 0]
+            wrong = torch.bincount(rows[(candidate_sets[columns] != sets) | (sets < 0)], minlength=len(edge))
+            nearer = nearest[tied] > edge
+            hits[tied] = (relevant[tied] & nearer).sum(1) + (k - nearer.sum(1) - wrong).clamp(min=0)
+        shares.append(hits.double() / k)
+    return torch.stack(shares, 1)
 
 
 def precision_at_k(similarity, query_labels, candidate_labels, ks=(1, 2, 5, 10)):
-    """Class-level Precision@K: P@K = mean over queries of (relevant candidates among the K best) / K.
+    """Class-level Precision@K: P@K = mean over queries of (relevant candidates among the K nearest) / K.
 
     A candidate is relevant when its findings equal the query's; without findings it is never relevant. Ties
     count against the query. The query's own text stays among the candidates (family: GLoRIA).
@@ -64,21 +83,35 @@ def precision_at_k(similarity, query_labels, candidate_labels, ks=(1, 2, 5, 10))
     Raises:
         ValueError: there are fewer candidates than the largest k.
     """
-    return {
-        k: float(v.mean()) for k, v in relevance_at_k(similarity, query_labels, candidate_labels, ks).items()
-    }
+    shares = shares_at_k(similarity, *label_sets(query_labels, candidate_labels), ks)
+    return dict(zip(ks, shares.mean(0).tolist(), strict=True))
 
 
-def own_rank(similarity):
-    """(N, N) float, row i belongs to column i -> (N,) int, how many others are as near or nearer."""
-    similarity = np.asarray(similarity)
-    return (similarity >= similarity.diagonal()[:, None]).sum(1) - 1
+def own_rank(similarity, query_ids=None, candidate_ids=None):
+    """How many candidates of another id are as near to a query as the nearest of its own id, or nearer.
+
+    Args:
+        similarity: (Q, K) float. query_ids: (Q,) int64, candidate_ids: (K,) int64, None for the row's and the
+            column's number; each query has a candidate of its id.
+
+    Returns:
+        (Q,) int64, 0 for a query that finds its own first
+    """
+    similarity = torch.as_tensor(similarity)
+    query_ids = torch.arange(len(similarity)) if query_ids is None else query_ids
+    candidate_ids = torch.arange(similarity.shape[1]) if candidate_ids is None else candidate_ids
+    rows, columns = (query_ids[:, None] == candidate_ids).nonzero(as_tuple=True)
+    own = similarity[rows, columns]
+    nearest = similarity.amin(1).scatter_reduce(0, rows, own, "amax")
+    as_near = (similarity >= nearest[:, None]).sum(1, dtype=torch.int32)
+    return as_near - torch.bincount(rows[own == nearest[rows]], minlength=len(similarity))
 
 
 def recall_at_k(similarity, ks=(1, 5, 10)):
-    """Instance-level Recall@K: the share of queries whose own partner is among their K best.
+    """Instance-level Recall@K: the share of queries whose own partner is among their K nearest.
 
-    Ties count against the query, so a partner with a duplicate is not found at K = 1.
+    Ties count against the query. Copies of a text are to be merged before (own_rank's ids), since each
+    would be the other's wrong answer.
 
     Args:
         similarity: (N, N) float, row i belongs to column i.
@@ -87,7 +120,19 @@ def recall_at_k(similarity, ks=(1, 5, 10)):
         {k: float in 0 ... 1}
     """
     rank = own_rank(similarity)
-    return {k: float((rank < k).mean()) for k in ks}
+    return {k: (rank < k).double().mean().item() for k in ks}
+
+
+def over_queries(function, queries, candidates, *of_query, cells=2**24):
+    """function(similarity, *of_query), for some queries at a time, put together: (Q, D), (K, D), (Q, ...).
+
+    A piece of the (Q, K) similarities has at most `cells` numbers, and what the metrics make of it is
+    no larger than some four such pieces: 0.3 GB, whatever Q and K are.
+    """
+    rows = max(1, cells // len(candidates))
+    pieces = range(0, len(queries), rows)
+    cut = ([each[i : i + rows] for each in (queries, *of_query)] for i in pieces)
+    return torch.cat([function(part @ candidates.T, *others) for part, *others in cut])
 
 
 def auroc(scores, labels):
@@ -192,6 +237,19 @@ def encode(run, records, skip_bad_images=0):
 
 
 @torch.no_grad()
+def encode_texts(run, texts, as_prompts=False):
+    """Reports, or label prompts with the continuous prompt put in -> (T, D) float32, unit length."""
+    features = []
+    for i in range(0, len(texts), run.args.batch_size):
+        part = texts[i : i + run.args.batch_size]
+        reports = data.tokenize(run.tokenizer, part, run.args.max_length) if not as_prompts else None
+        tokens = data.to_device(reports or run.prompt_tokens(part), run.device)
+        with run.autocast():
+            features.append((run.model.encode_prompt if as_prompts else run.model.encode_text)(*tokens))
+    return torch.cat(features).cpu().numpy()
+
+
+@torch.no_grad()
 def encode_findings(run, findings, prompt_set):
     """Class features: the mean of a finding's prompt features, at unit length again -> (C, D) float32."""
     features = []
@@ -253,36 +311,106 @@ def zero_shot(run, encoded, *, prompt_set=None, classes=None, draws=1000):
     return results
 
 
-def retrieval(run, encoded, *, draws=1000):
-    """Images and reports, both ways: i2t has images as queries and reports as candidates, t2i the reverse.
+def class_sentences(records, findings, number, seed=0):
+    """So many sentences of each finding, out of reports of images with exactly that finding.
 
-    P@K (class level, paper) over the pairs with known findings, R@K (instance level) over all pairs. K beyond
-    the number of candidates is left out.
+    A sentence that stands in reports of two findings, such as "The bones are intact.", belongs to neither
+    (ours).
+
+    Returns:
+        list of K str and their labels, (K, C) bool.
+    """
+    found = {}
+    for record in records:
+        if record.report and len(record.findings) == 1:
+            for sentence in re.split(r"(?<=[.!?])\s+", record.report.strip()):
+                found.setdefault(sentence, set()).update(record.findings)
+    rng, texts = np.random.default_rng(seed), []
+    for name in findings:
+        own = sorted(sentence for sentence, owners in found.items() if owners == {name})
+        if len(own) < number:
+            raise BadInput(f"--sentences {number}: there are {len(own)} sentences of {name!r} alone")
+        texts += rng.choice(own, number, replace=False).tolist()
+    return texts, np.eye(len(findings), dtype=bool).repeat(number, 0)
+
+
+def class_level(images, texts, image_labels, text_labels, draws):
+    """P@K both ways of images and texts with known findings: (N, D), (T, D), (N, C), (T, C) -> entries."""
+    results, sides = {}, list(zip((images, texts), label_sets(image_labels, text_labels), strict=True))
+    for way, (queries, query_sets), (candidates, candidate_sets) in (
+        ("i2t", *sides),
+        ("t2i", *reversed(sides)),
+    ):
+        ks = [k for k in (1, 2, 5, 10) if k <= len(candidates)]
+        of_set = torch.bincount(candidate_sets, minlength=int(query_sets.max()) + 1)
+        chance = of_set[query_sets].double().mean() / len(candidates)  # that a random candidate is relevant
+        precision = partial(shares_at_k, candidate_sets=candidate_sets, ks=ks)
+        shares = over_queries(precision, queries, candidates, query_sets)
+        for k, share in zip(ks, shares.T.numpy(), strict=True):
+            results[f"{way}_P@{k}"] = measured(
+                np.mean, share, chance=chance, draws=draws, candidates=len(candidates)
+            )
+    return results
+
+
+def instance_level(images, texts, text_of_image, draws):
+    """R@K and median rank both ways: (N, D), (T, D) of different texts, (N,) int64 -> entries.
+
+    A text that several images have is one candidate; as a query, it looks for any of these images.
+    """
+    results, each = {}, torch.arange(len(texts))
+    for way, queries, candidates, query_ids, candidate_ids in (
+        ("i2t", images, texts, text_of_image, each),
+        ("t2i", texts, images, each, text_of_image),
+    ):
+        rank = partial(own_rank, candidate_ids=candidate_ids)
+        rank = over_queries(rank, queries, candidates, query_ids).numpy()
+        own, count = torch.bincount(candidate_ids)[query_ids].numpy(), len(candidates)
+        for k in (k for k in (1, 5, 10) if k <= count):
+            missed = np.prod([np.maximum(count - own - i, 0) / (count - i) for i in range(k)], axis=0)
+            results[f"{way}_R@{k}"] = measured(
+                np.mean, rank < k, chance=1 - missed.mean(), draws=draws, candidates=count
+            )
+        chance = ((count - own) / (own + 1)).mean() + 1
+        results[f"{way}_median rank"] = measured(
+            np.median, rank + 1, chance=chance, draws=draws, candidates=count
+        )
+    return results
+
+
+def retrieval(run, encoded, *, sentences=None, sentence_records=None, draws=1000):
+    """Images and texts, both ways: i2t has images as queries and texts as candidates, t2i the reverse.
+
+    P@K (class level, paper) over the reports with known findings, R@K and median rank (instance level) over
+    all, each different report once. K beyond the number of candidates is left out.
+
+    Args:
+        sentences: the texts are so many sentences of each finding instead, see class_sentences; the images
+            those with exactly one of the findings. There is no instance level then.
+        sentence_records: those whose reports have the sentences; default the evaluated ones.
 
     Returns:
         {"i2t_P@1": entry as measured makes it, ...}; nothing where no record has a report.
     """
-    images, labels = encoded.image_features[encoded.report_rows], encoded.present[encoded.report_rows]
-    known = labels.any(1)
-    results = {}
-    for way, queries, candidates in (
-        ("i2t", images, encoded.report_features),
-        ("t2i", encoded.report_features, images),
-    ):
-        if known.any():
-            similarity, sets = queries[known] @ candidates[known].T, labels[known]
-            ks = [k for k in (1, 2, 5, 10) if k <= len(sets)]
-            _, counts = np.unique(sets, axis=0, return_counts=True)
-            chance = (counts**2).sum() / len(sets) ** 2  # a random candidate has the query's findings
-            for k, shares in relevance_at_k(similarity, sets, sets, ks).items():
-                entry = measured(np.mean, shares, chance=chance, draws=draws, candidates=len(sets))
-                results[f"{way}_P@{k}"] = entry
-        if len(queries):
-            rank = own_rank(queries @ candidates.T)
-            for k in (k for k in (1, 5, 10) if k <= len(rank)):
-                entry = measured(np.mean, rank < k, chance=k / len(rank), draws=draws, candidates=len(rank))
-                results[f"{way}_R@{k}"] = entry
-    return results
+    images = torch.as_tensor(encoded.image_features)
+    if sentences:
+        texts, text_labels = class_sentences(sentence_records or encoded.records, encoded.findings, sentences)
+        single = encoded.present.sum(1) == 1
+        features = torch.as_tensor(encode_texts(run, texts))
+        return class_level(images[single], features, encoded.present[single], text_labels, draws)
+    if not len(encoded.report_features):
+        return {}
+    images, labels = images[encoded.report_rows], encoded.present[encoded.report_rows]
+    reports = [" ".join(encoded.records[row].report.split()) for row in encoded.report_rows]
+    number = {report: i for i, report in enumerate(dict.fromkeys(reports))}
+    text = torch.tensor([number[report] for report in reports])
+    first = np.unique(text.numpy(), return_index=True)[1]
+    texts = torch.as_tensor(encoded.report_features[first])
+    known, results = labels.any(1), {}
+    if known.any():
+        own_texts = texts[text[known]]  # copies of a text are alike to the last bit, so that they tie
+        results |= class_level(images[known], own_texts, labels[known], labels[known], draws)
+    return results | instance_level(images, texts, text, draws)
 
 
 TASKS = {"zero-shot": zero_shot, "retrieval": retrieval}
@@ -358,6 +486,10 @@ def build_parser():
     p.add_argument("--classes", nargs="+", help='zero-shot between these, such as COVID-19 "No Finding"')
     p.add_argument("--prompt-set", choices=[*prompts.TEMPLATES, "ensemble"],
                    help="zero-shot prompts; default the trained template; ensemble: all there are")
+    p.add_argument("--sentences", type=int, metavar="K",
+                   help="retrieve among K sentences of each finding, by a seed, not the images' reports")
+    p.add_argument("--sentences-from", nargs="+", metavar="NAME[=ROOT]",
+                   help="data sets whose reports have these sentences; default the evaluated ones")
     p.add_argument("--out", metavar="FILE.json", help="write the results there")
     p.add_argument("--gallery", metavar="FILE.png", help="draw images and the reports they retrieve")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -392,7 +524,11 @@ def evaluate(args):
 
     results = {}
     for task in TASKS if args.task == "all" else [args.task]:
-        options = {"prompt_set": args.prompt_set, "classes": args.classes} if task == "zero-shot" else {}
+        options = {"sentences": args.sentences}
+        if task == "zero-shot":
+            options = {"prompt_set": args.prompt_set, "classes": args.classes}
+        elif args.sentences_from:
+            options["sentence_records"] = data.load_records(args.sentences_from, args.split)
         results[task] = TASKS[task](run, encoded, **options)
         if not results[task]:
             lacking = "labels" if task == "zero-shot" else "reports"

@@ -3,9 +3,12 @@
 import json
 import os
 import shutil
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import data
@@ -19,8 +22,11 @@ from evaluate import (
     bootstrap_ci,
     encode,
     encode_findings,
+    over_queries,
+    own_rank,
     precision_at_k,
     recall_at_k,
+    shares_at_k,
 )
 
 A, B, AB, NONE = [True, False], [False, True], [True, True], [False, False]
@@ -89,6 +95,31 @@ def test_recall_equals_its_slow_twin(seed):
     similarity = np.random.default_rng(seed).integers(0, 15, (15, 15))  # many ties
     ahead = [sum(row[j] >= row[i] for j in range(15) if j != i) for i, row in enumerate(similarity)]
     assert recall_at_k(similarity) == {k: np.mean([a < k for a in ahead]) for k in (1, 5, 10)}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_with_copies_the_rank_equals_its_slow_twin(seed):
+    rng = np.random.default_rng(seed)
+    queries, candidates = rng.permutation(6).repeat(2), rng.permutation(np.r_[:6, :6, :3])
+    similarity = rng.integers(0, 9, (len(queries), len(candidates)))  # many ties
+    slow = []
+    for row, query in zip(similarity, queries, strict=True):
+        nearest = max(s for s, id in zip(row, candidates, strict=True) if id == query)
+        slow.append(sum(s >= nearest for s, id in zip(row, candidates, strict=True) if id != query))
+    assert own_rank(similarity, torch.tensor(queries), torch.tensor(candidates)).tolist() == slow
+
+
+@pytest.mark.parametrize("cells", [1, 7, 40, 1000])
+def test_pieces_of_any_size_give_the_same_shares_and_ranks(cells):
+    rng = np.random.default_rng(0)
+    queries, candidates = (torch.tensor(rng.integers(-2, 3, (12, 3)), dtype=torch.float32) for _ in range(2))
+    sets = torch.tensor(rng.integers(-1, 3, 12))
+    for function, rows in (
+        (partial(shares_at_k, candidate_sets=sets, ks=(1, 2, 5, 10)), sets),
+        (partial(own_rank, candidate_ids=torch.arange(12)), torch.arange(12)),
+    ):
+        pieces = over_queries(function, queries, candidates, rows, cells=cells)
+        assert torch.equal(pieces, function(queries @ candidates.T, rows))
 
 
 # ------------------------------------------------------------------------------------------- classification
@@ -217,8 +248,10 @@ def hand_made(image_features, present, absent=None, report_features=None, report
     absent = ~present if absent is None else np.array(absent, bool)
     names = ["A", "B", "C"][: present.shape[1]]
     records = [
-        Record(np.zeros((8, 8), np.uint8), "A report.", frozenset(np.array(names)[row].tolist()), "1", "test")
-        for row in present
+        Record(
+            np.zeros((8, 8), np.uint8), f"Report {i}.", frozenset(np.array(names)[row].tolist()), "1", "test"
+        )
+        for i, row in enumerate(present)
     ]
     rows = np.arange(len(records)) if report_rows is None else np.array(report_rows)
     texts = np.zeros((len(rows), 2)) if report_features is None else np.array(report_features, float)
@@ -293,7 +326,8 @@ def test_retrieval_of_hand_made_features(run):
     encoded = hand_made([[1, 0], [1, 0], [0, 1]], [A, A, B], None, [[0, 1], [1, 0]], [0, 2])
     results = evaluate.retrieval(run, encoded)
     assert {name: entry["value"] for name, entry in results.items()} == {
-        "i2t_P@1": 0, "i2t_P@2": 0.5, "i2t_R@1": 0, "t2i_P@1": 0, "t2i_P@2": 0.5, "t2i_R@1": 0,
+        "i2t_P@1": 0, "i2t_P@2": 0.5, "i2t_R@1": 0, "i2t_median rank": 2,
+        "t2i_P@1": 0, "t2i_P@2": 0.5, "t2i_R@1": 0, "t2i_median rank": 2,
     }  # fmt: skip
 
 
@@ -302,7 +336,7 @@ def test_text_to_image_is_image_to_text_with_the_sides_swapped(run):
     images, reports, labels = rng.normal(size=(12, 4)), rng.normal(size=(12, 4)), some_labels(rng, 12)
     one = evaluate.retrieval(run, hand_made(images, labels, None, reports))
     other = evaluate.retrieval(run, hand_made(reports, labels, None, images))
-    for metric in ("P@1", "P@2", "P@5", "P@10", "R@1", "R@5", "R@10"):
+    for metric in ("P@1", "P@2", "P@5", "P@10", "R@1", "R@5", "R@10", "median rank"):
         assert one[f"t2i_{metric}"] == other[f"i2t_{metric}"]
 
 
@@ -314,7 +348,67 @@ def test_pairs_without_findings_count_for_recall_alone(run):
 def test_chance_of_retrieval_is_that_of_a_blind_draw(run):
     results = evaluate.retrieval(run, hand_made(np.eye(6), [A, A, A, A, B, B], None, np.eye(6)))
     assert results["i2t_P@1"]["chance"] == results["i2t_P@5"]["chance"] == (4 * 4 + 2 * 2) / 6**2
-    assert results["i2t_R@1"]["chance"] == 1 / 6 and results["i2t_R@5"]["chance"] == 5 / 6
+    assert results["i2t_R@1"]["chance"] == pytest.approx(1 / 6)
+    assert results["i2t_R@5"]["chance"] == pytest.approx(5 / 6)
+
+
+def with_reports(encoded, *reports):
+    """The same records with these reports."""
+    pairs = zip(encoded.records, reports, strict=True)
+    return encoded._replace(records=[replace(record, report=report) for record, report in pairs])
+
+
+def test_a_text_that_stands_twice_is_one_candidate_and_right_for_both_images(run):
+    encoded = hand_made(np.eye(3), [A, A, B], None, np.eye(3)[[0, 0, 2]])
+    results = evaluate.retrieval(run, with_reports(encoded, "Normal.", "Normal. ", "Edema."))
+    assert results["i2t_R@1"]["candidates"] == 2 and results["i2t_R@1"]["n"] == 3
+    assert results["i2t_R@1"]["value"] == 2 / 3  # the second image is as near to both texts
+
+
+def test_a_text_that_stands_twice_is_one_query_and_looks_for_any_of_its_images(run):
+    encoded = hand_made(np.eye(3), [A, A, B], None, [[0, 1, 0], [0, 1, 0], [0, 0, 1]])
+    entry = evaluate.retrieval(run, with_reports(encoded, "Normal.", "Normal.", "Edema."))["t2i_R@1"]
+    assert entry["value"] == 1 and entry["n"] == 2
+    assert entry["chance"] == pytest.approx((2 / 3 + 1 / 3) / 2)
+
+
+def test_median_rank_counts_from_one(run):
+    features = np.eye(4)
+    entry = evaluate.retrieval(run, hand_made(features, [A] * 4, None, features))["i2t_median rank"]
+    assert entry["value"] == 1 and entry["chance"] == 2.5
+
+
+def reporting(*pairs):
+    image = np.zeros((8, 8), np.uint8)
+    return [Record(image, report, frozenset(findings), "1", "test") for report, findings in pairs]
+
+
+def test_sentences_of_a_finding_are_those_of_its_reports_alone():
+    records = reporting(
+        ("Big heart. Bones intact.", "A"), ("Wet lungs! Bones intact.", "B"), ("Air.", "AB"), (None, "A")
+    )
+    texts, labels = evaluate.class_sentences(records, ["A", "B"], 1)
+    assert texts == ["Big heart.", "Wet lungs!"] and labels.tolist() == [A, B]
+
+
+def test_same_seed_same_sentences():
+    records = data.load_records(["phantom=16"], "test", 100)
+    one, same, other = (evaluate.class_sentences(records, ["Edema"], 5, seed)[0] for seed in (0, 0, 1))
+    assert one == same != other
+
+
+def test_sentences_replace_the_reports(assess, tmp_path):
+    flags = ["--task", "retrieval", "--sentences", "3", "--limit", "100", "--out", tmp_path / "r.json"]
+    assert assess(*flags) == 0
+    results = json.loads((tmp_path / "r.json").read_text())["retrieval"]
+    assert results.keys() == {f"{way}_P@{k}" for way in ("i2t", "t2i") for k in (1, 2, 5, 10)}
+    assert (results["i2t_P@1"]["n"], results["i2t_P@1"]["candidates"]) == (100, 15)
+    assert results["i2t_P@1"]["chance"] == pytest.approx(1 / 5)
+
+
+def test_fewer_sentences_than_asked_for_are_refused(assess, capsys):
+    assert assess("--task", "retrieval", "--sentences", "300") == 2
+    assert "'Atelectasis'" in refusal(capsys)
 
 
 # -------------------------------------------------------------------------------------------------- program
@@ -335,7 +429,7 @@ def test_zero_shot_reports_accuracy_and_auroc(results):
 
 
 def test_retrieval_reports_precision_and_recall_both_ways(results):
-    metrics = ("P@1", "P@2", "P@5", "P@10", "R@1", "R@5", "R@10")
+    metrics = ("P@1", "P@2", "P@5", "P@10", "R@1", "R@5", "R@10", "median rank")
     assert results["retrieval"].keys() == {f"{way}_{m}" for way in ("i2t", "t2i") for m in metrics}
 
 
@@ -457,7 +551,7 @@ def test_zero_shot_alone_on_data_without_labels_is_refused(assess, unlabelled, c
 def test_retrieval_of_data_without_labels_is_by_instance(assess, unlabelled, tmp_path):
     assert assess("--data", unlabelled, "--out", tmp_path / "results.json") == 0
     metrics = json.loads((tmp_path / "results.json").read_text())["retrieval"]
-    assert metrics.keys() == {"i2t_R@1", "t2i_R@1"}
+    assert metrics.keys() == {"i2t_R@1", "t2i_R@1", "i2t_median rank", "t2i_median rank"}
 
 
 # -------------------------------------------------------------------------------------------------- gallery
