@@ -9,9 +9,11 @@ Similarity is the cosine of unit-length features. No score depends on what else 
 """
 
 import argparse
+import inspect
 import json
 import os
 import re
+import subprocess
 import sys
 import textwrap
 from functools import partial
@@ -177,11 +179,14 @@ def bootstrap_ci(metric, *arrays, n=1000, seed=0):
 
 
 def measured(metric, *arrays, chance, draws, **counts):
-    """One entry of the results: value, interval from `draws` bootstrap draws (0: none), chance, counts."""
+    """One entry of the results: value, interval from `draws` bootstrap draws (0: none), chance, counts.
+
+    "of" keeps metric and arrays, whose rows are the images or texts asked about, to compare runs by.
+    """
     entry = {"value": float(metric(*arrays)), "chance": float(chance), "n": len(arrays[0]), **counts}
     if draws:
         entry["low"], entry["high"] = bootstrap_ci(metric, *arrays, n=draws)
-    return entry
+    return entry | {"of": (metric, arrays)}
 
 
 # ------------------------------------------------------------------------------------------------ features
@@ -249,32 +254,81 @@ def encode_texts(run, texts, as_prompts=False):
     return torch.cat(features).cpu().numpy()
 
 
-@torch.no_grad()
-def encode_findings(run, findings, prompt_set):
-    """Class features: the mean of a finding's prompt features, at unit length again -> (C, D) float32."""
-    features = []
-    for texts in prompts.prompt_set(findings, prompt_set).values():
-        with run.autocast():
-            each = run.model.encode_prompt(*(tokens.to(run.device) for tokens in run.prompt_tokens(texts)))
-        features.append(torch.nn.functional.normalize(each.mean(0), dim=0).cpu())
-    return torch.stack(features).numpy()
+def encode_findings(run, texts):
+    """{finding: [prompt, ...]} -> [(T, D) float32 for each finding]."""
+    features = encode_texts(run, [text for each in texts.values() for text in each], as_prompts=True)
+    return np.split(features, np.cumsum([len(each) for each in texts.values()])[:-1])
 
 
 # --------------------------------------------------------------------------------------------------- tasks
 
 
-def zero_shot(run, encoded, *, prompt_set=None, classes=None, draws=1000):
-    """Classification by the nearest label prompt (paper).
-
-    Accuracy and balanced accuracy over the images with exactly one of the classes; AUROC of each finding over
-    the images in which it is known to be present or absent, scored by the cosine with its prompt.
+def read_prompts(source, findings):
+    """Prompts of the findings' presence and of their absence.
 
     Args:
-        prompt_set: see prompts.prompt_set; None is the template of training.
+        source: name of a set in prompts.py, or FILE.json with {finding: [text, ...]} or
+            {finding: {"positive": [text, ...], "negative": [text, ...]}}.
+
+    Returns:
+        two {finding: [text, ...]}; the second lacks the findings of which a file has no negative.
+
+    Raises:
+        BadInput: the file cannot be used, or has no prompt for a finding.
+    """
+    if not source.endswith(".json"):
+        return tuple(prompts.prompt_set(findings, source, by) for by in (prompts.wordings, prompts.negations))
+    form = 'it needs {finding: [text, ...]} or {finding: {"positive": [...], "negative": [...]}}'
+    try:
+        table = json.loads(Path(source).read_text(encoding="utf-8"))
+        table = {name: {"positive": each} if isinstance(each, list) else each for name, each in table.items()}
+        fits = all(
+            part in ("positive", "negative") and texts and all(isinstance(text, str) for text in texts)
+            for each in table.values()
+            for part, texts in each.items()
+        )
+    except (ValueError, AttributeError, TypeError) as error:
+        raise BadInput(f"{source} is no prompt set ({error}); {form}") from error
+    if not fits:
+        raise BadInput(f"{source} is no prompt set; {form}")
+    for name in findings:
+        if "positive" not in table.get(name, ()):
+            raise BadInput(f"{source} has no prompt for {name!r}; it has {', '.join(table)}, see --classes")
+    negative = {name: table[name]["negative"] for name in findings if "negative" in table[name]}
+    return {name: table[name]["positive"] for name in findings}, negative
+
+
+COMBINE = ("mean-embedding", "mean-similarity", "max")
+
+
+def combined(image_features, prompt_features, combine):
+    """Score of each finding for each image: (N, D), [(T, D), ...] of C findings -> (N, C).
+
+    "mean-embedding": cosine with the mean of its prompt features (family: CLIP); "mean-similarity": mean of
+    the cosines; "max": the largest (both family: MedCLIP). With one prompt all three are its cosine.
+    """
+    if combine == "max":
+        return np.stack([(image_features @ features.T).max(1) for features in prompt_features], axis=1)
+    means = np.stack([features.mean(0) for features in prompt_features])
+    if combine == "mean-embedding":
+        means /= np.linalg.norm(means, axis=1, keepdims=True)
+    return image_features @ means.T
+
+
+def zero_shot(run, encoded, *, prompt_set=None, combine="mean-embedding", classes=None, draws=1000):
+    """Classification by label prompts (paper).
+
+    Accuracy and balanced accuracy over the images with exactly one of the classes, by the highest score.
+    AUROC of each finding over the images in which it is known to be present or absent, by its score; "pair
+    AUROC" by its score less that of the prompts of its absence (family: CheXzero, whose softmax over the two
+    ranks alike). Where a class has several prompts, the other combinations stand beside the one chosen.
+
+    Args:
+        prompt_set: see read_prompts; None is the template of training. combine: see combined.
         classes: names; None takes all findings of the records. draws: of the bootstrap; 0 for no interval.
 
     Returns:
-        {metric: entry as measured makes it}; nothing where no record has a label.
+        {metric: entry as measured makes it}; nothing where no two classes can be told apart.
     """
     classes = classes or encoded.findings
     unknown = [name for name in classes if name not in encoded.findings]
@@ -283,30 +337,47 @@ def zero_shot(run, encoded, *, prompt_set=None, classes=None, draws=1000):
     if not classes:
         return {}
     columns = [encoded.findings.index(name) for name in classes]
-    scores = (
-        encoded.image_features @ encode_findings(run, classes, prompt_set or run.args.template).T
-    )  # (N, classes)
     present, absent = encoded.present[:, columns], encoded.absent[:, columns]
+    positive, negative = read_prompts(prompt_set or run.args.template, classes)
+    features = encode_findings(run, positive)
+    several = any(len(texts) > 1 for texts in positive.values())
 
     results = {}
+    for way in [combine, *(other for other in COMBINE if several and other != combine)]:
+        scores = combined(encoded.image_features, features, way)  # (N, classes)
+        each = classification(scores, present, absent, classes, draws)
+        if way == combine:
+            results |= each
+        else:
+            results |= {f"{k}, {way}": each[k] for k in ("accuracy", "AUROC mean") if k in each}
+    paired = [i for i, name in enumerate(classes) if name in negative]
+    if paired:
+        features = [features[i] for i in paired], encode_findings(run, negative)
+        scores = np.subtract(*(combined(encoded.image_features, each, combine) for each in features))
+        names = [classes[i] for i in paired]
+        each = classification(scores, present[:, paired], absent[:, paired], names, draws)
+        results |= {f"pair {k}": entry for k, entry in each.items() if k.startswith("AUROC")}
+    return results
+
+
+def classification(scores, present, absent, names, draws):
+    """Accuracies and AUROCs of (N, C) scores against what is present and known to be absent -> entries."""
+    results = {}
     single = present.sum(1) == 1
-    if single.any() and len(classes) > 1:
+    if single.any() and len(names) > 1:
         true, predicted = present[single].argmax(1), scores[single].argmax(1)
-        chance = 1 / len(classes)
-        results["accuracy"] = measured(np.mean, predicted == true, chance=chance, draws=draws)
-        results["balanced accuracy"] = measured(
-            balanced_accuracy, predicted, true, chance=chance, draws=draws
-        )
-    for column, name in enumerate(classes):
-        known = present[:, column] | absent[:, column]
-        labels = present[known, column]
+        of = {"chance": 1 / len(names), "draws": draws}
+        results["accuracy"] = measured(np.mean, predicted == true, **of)
+        results["balanced accuracy"] = measured(balanced_accuracy, predicted, true, **of)
+    known = present | absent
+    for column, name in enumerate(names):
+        labels = present[known[:, column], column]
         if labels.any() and not labels.all():
-            entry = measured(
-                auroc, scores[known, column], labels, chance=0.5, draws=draws, positives=int(labels.sum())
+            rows, positives = scores[known[:, column], column], int(labels.sum())
+            results[f"AUROC {name}"] = measured(
+                auroc, rows, labels, chance=0.5, draws=draws, positives=positives
             )
-            results[f"AUROC {name}"] = entry
     if any(metric.startswith("AUROC") for metric in results):
-        known = present | absent
         results["AUROC mean"] = measured(mean_auroc, scores, present, known, chance=0.5, draws=draws)
     return results
 
@@ -378,7 +449,7 @@ def instance_level(images, texts, text_of_image, draws):
     return results
 
 
-def retrieval(run, encoded, *, sentences=None, sentence_records=None, draws=1000):
+def retrieval(run, encoded, *, sentences=None, sentences_from=None, split="test", draws=1000):
     """Images and texts, both ways: i2t has images as queries and texts as candidates, t2i the reverse.
 
     P@K (class level, paper) over the reports with known findings, R@K and median rank (instance level) over
@@ -387,14 +458,15 @@ def retrieval(run, encoded, *, sentences=None, sentence_records=None, draws=1000
     Args:
         sentences: the texts are so many sentences of each finding instead, see class_sentences; the images
             those with exactly one of the findings. There is no instance level then.
-        sentence_records: those whose reports have the sentences; default the evaluated ones.
+        sentences_from: data sets whose reports of this split have the sentences; None is the evaluated ones.
 
     Returns:
         {"i2t_P@1": entry as measured makes it, ...}; nothing where no record has a report.
     """
     images = torch.as_tensor(encoded.image_features)
     if sentences:
-        texts, text_labels = class_sentences(sentence_records or encoded.records, encoded.findings, sentences)
+        records = data.load_records(sentences_from, split) if sentences_from else encoded.records
+        texts, text_labels = class_sentences(records, encoded.findings, sentences)
         single = encoded.present.sum(1) == 1
         features = torch.as_tensor(encode_texts(run, texts))
         return class_level(images[single], features, encoded.present[single], text_labels, draws)
@@ -414,6 +486,7 @@ def retrieval(run, encoded, *, sentences=None, sentence_records=None, draws=1000
 
 
 TASKS = {"zero-shot": zero_shot, "retrieval": retrieval}
+NEEDS = {"zero-shot": "labels of two classes", "retrieval": "reports"}
 
 
 def quick_scores(run, records):
@@ -466,31 +539,69 @@ def newest_checkpoint():
 
 
 def print_table(results):
-    print(f"{'':32}{'value':>8}{'95 % interval':>18}{'chance':>8}{'n':>7}")
+    """{task: {metric: entry}}, and a warning of what is worse than a blind guess."""
+    width = max([32, *(len(f"{task}  {metric}") for task, metrics in results.items() for metric in metrics)])
+    print(f"{'':{width}}{'value':>8}{'95 % interval':>18}{'chance':>8}{'n':>7}")
     for task, metrics in results.items():
         for metric, entry in metrics.items():
             interval = f"{entry['low']:.3f} to {entry['high']:.3f}" if "low" in entry else ""
             name = f"{task}  {metric}"
-            print(f"{name:32}{entry['value']:8.3f}{interval:>18}{entry['chance']:8.3f}{entry['n']:7}")
+            print(f"{name:{width}}{entry['value']:8.3f}{interval:>18}{entry['chance']:8.3f}{entry['n']:7}")
+    for task, metrics in results.items():
+        for metric, entry in metrics.items():
+            if "AUROC" in metric and entry.get("high", 1) < 0.5:
+                print(f"warning: {task}  {metric} is below 0.5: do its prompts and labels mean the same?")
+
+
+def fingerprint(records):
+    """SHA-256 of the ids and what is known of each, in any order, and of the reports -> two str."""
+    lines = [
+        "\t".join([r.source, r.id or r.patient, *sorted(r.findings), "-", *sorted(r.absent)]) for r in records
+    ]
+    return data.fingerprint(sorted(lines)), data.fingerprint(sorted(r.report or "" for r in records))
+
+
+def commit():
+    """Of this program, where git knows it -> str or None."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_results(path, entries):
+    """Puts entries in the place of those of the same name and leaves the others as they are."""
+    path, temporary = Path(path), Path(f"{path}.tmp")
+    try:
+        before = json.loads(path.read_text()) if path.exists() else {}
+        temporary.write_text(json.dumps({**before, **entries}, indent=1) + "\n")
+    except (ValueError, TypeError) as error:
+        raise BadInput(f"{path} holds no results ({error}); move it away") from error
+    os.replace(temporary, path)
 
 
 # fmt: off
 def build_parser():
     p = argparse.ArgumentParser(description="Evaluate a run of train.py.", allow_abbrev=False)
-    p.add_argument("--task", choices=[*TASKS, "all"], default="all")
+    p.add_argument("--task", nargs="+", choices=[*TASKS, "all"], default=["zero-shot", "retrieval"])
     p.add_argument("--checkpoint", help="RUN or RUN/best.pt; default the newest run's best")
     p.add_argument("--data", nargs="+", metavar="NAME[=ROOT]", help="default: what the run was trained on")
     p.add_argument("--split", choices=data.SPLITS, default="test")
     p.add_argument("--limit", type=int, help="only the first N records of each data set")
     p.add_argument("--ids", metavar="FILE", help="exactly the images of this list of `data.py protocol`")
     p.add_argument("--classes", nargs="+", help='zero-shot between these, such as COVID-19 "No Finding"')
-    p.add_argument("--prompt-set", choices=[*prompts.TEMPLATES, "ensemble"],
+    s = p.add_mutually_exclusive_group()
+    s.add_argument("--prompt-set", choices=[*prompts.TEMPLATES, "ensemble"],
                    help="zero-shot prompts; default the trained template; ensemble: all there are")
+    s.add_argument("--prompts", dest="prompt_set", metavar="FILE.json",
+                   help="or your own, {finding: [text, ...]}; evaluate.py::read_prompts")
+    p.add_argument("--combine", choices=COMBINE, default=COMBINE[0], help="several prompts of a finding")
     p.add_argument("--sentences", type=int, metavar="K",
                    help="retrieve among K sentences of each finding, by a seed, not the images' reports")
     p.add_argument("--sentences-from", nargs="+", metavar="NAME[=ROOT]",
                    help="data sets whose reports have these sentences; default the evaluated ones")
-    p.add_argument("--out", metavar="FILE.json", help="write the results there")
+    p.add_argument("--out", metavar="FILE.json", help="results; default results.json in the run's folder")
     p.add_argument("--gallery", metavar="FILE.png", help="draw images and the reports they retrieve")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     p.add_argument("--skip-bad-images", type=int, default=0, metavar="N",
@@ -499,48 +610,86 @@ def build_parser():
 # fmt: on
 
 
+def chosen_records(args, run):
+    """The records to evaluate -> (specs, records, words for which they are)."""
+    specs = args.data or run.args.data
+    if not args.ids:
+        options = {"views": run.args.views, "uncertain": run.args.uncertain}
+        records, chosen = data.load_records(specs, args.split, args.limit, **options), f"{args.split} split"
+    else:
+        ids = data.read_ids(args.ids)
+        records, chosen = data.listed_records(specs, ids, run.args.uncertain), f"list {args.ids}"
+        records = records[: args.limit]
+        if data.fingerprint(ids) not in run.args.held_out:
+            print(f"note: the run did not hold out the patients of {args.ids}; it may have seen these images")
+    chosen += f" of {', '.join(specs)}" + (f", first {args.limit}" if args.limit else "")
+    return specs, records, chosen
+
+
+def run_tasks(args, run, encoded, chosen):
+    """-> ({task: {metric: entry}}, {name: what results.json keeps of a task})."""
+    import transformers
+
+    labels, reports = fingerprint(encoded.records)
+    known = {
+        "data": chosen,
+        "checkpoint": str(args.checkpoint),
+        "counts": {
+            "images": len(encoded.records),
+            "reports": len(encoded.report_rows),
+            "labelled": int(encoded.present.any(1).sum()),
+        },
+        "fingerprint": {"labels": labels, "reports": reports},
+        "seed": run.args.seed,
+        "commit": commit(),
+        "versions": {m.__name__: m.__version__ for m in (np, torch, torchvision, transformers)},
+    }
+    results, entries = {}, {}
+    given = {**vars(args), "prompt_set": args.prompt_set or run.args.template}
+    for task in TASKS if "all" in args.task else args.task:
+        names = inspect.signature(TASKS[task]).parameters
+        options = {name: given[name] for name in names if name in given}
+        results[task] = TASKS[task](run, encoded, **options)
+        if not results[task]:
+            if [task] == args.task:
+                raise BadInput(f"{task} needs {NEEDS[task]}; the {chosen} has none")
+            print(f"{task} is left out: these data have no {NEEDS[task]}")
+            continue
+        metrics = {
+            metric: {key: value for key, value in entry.items() if key != "of"}
+            for metric, entry in results[task].items()
+        }
+        told = {k: value for k, value in options.items() if k != "split" and value is not None}
+        name = ", ".join([task, args.checkpoint.name, chosen, *(f"{k} {v}" for k, v in told.items())])
+        entries[name] = {"task": task, "options": told, **known, "metrics": metrics}
+        if "prompt_set" in told:
+            classes = args.classes or encoded.findings
+            entries[name]["prompts"] = read_prompts(told["prompt_set"], classes)
+            entries[name]["not trained"] = [each for each in classes if each not in run.findings]
+    return results, entries
+
+
 def evaluate(args):
     """Runs the tasks, prints the table, writes what was asked for."""
     import train  # train imports this module
 
-    path = Path(args.checkpoint) if args.checkpoint else newest_checkpoint()
-    run = train.load_checkpoint(path / "best.pt" if path.is_dir() else path)
+    args.checkpoint = Path(args.checkpoint) if args.checkpoint else newest_checkpoint()
+    if args.checkpoint.is_dir():
+        args.checkpoint /= "best.pt"
+    run = train.load_checkpoint(args.checkpoint)
     run.args.device = args.device
     run.model.to(train.resolve_machine(run.args))
-    specs = args.data or run.args.data
-    options = {"views": run.args.views, "uncertain": run.args.uncertain}
-    if args.ids:
-        ids = data.read_ids(args.ids)
-        records, chosen = (
-            data.listed_records(specs, ids, run.args.uncertain)[: args.limit],
-            f"list {args.ids}",
-        )
-        if data.fingerprint(ids) not in run.args.held_out:
-            print(f"note: the run did not hold out the patients of {args.ids}; it may have seen these images")
-    else:
-        records, chosen = data.load_records(specs, args.split, args.limit, **options), f"{args.split} split"
+    specs, records, chosen = chosen_records(args, run)
     data.check_images(records, run.args.image_size)
     encoded = encode(run, records, args.skip_bad_images)
+    new = [name for name in args.classes or encoded.findings if name not in run.findings]
+    if new:
+        print(f"note: training had no label {', '.join(new)}")
 
-    results = {}
-    for task in TASKS if args.task == "all" else [args.task]:
-        options = {"sentences": args.sentences}
-        if task == "zero-shot":
-            options = {"prompt_set": args.prompt_set, "classes": args.classes}
-        elif args.sentences_from:
-            options["sentence_records"] = data.load_records(args.sentences_from, args.split)
-        results[task] = TASKS[task](run, encoded, **options)
-        if not results[task]:
-            lacking = "labels" if task == "zero-shot" else "reports"
-            if args.task != "all":
-                raise BadInput(f"{task} needs {lacking}; the {chosen} of {', '.join(specs)} has none")
-            print(f"{task} is left out: these data have no {lacking}")
-    print(f"{path}, {chosen} of {', '.join(specs)}, {len(encoded.records)} images")
+    results, entries = run_tasks(args, run, encoded, chosen)
+    print(f"{args.checkpoint}, {chosen}, {len(encoded.records)} images")
     print_table(results)
-    if args.out:
-        temporary = Path(f"{args.out}.tmp")
-        temporary.write_text(json.dumps(results, indent=2) + "\n")
-        os.replace(temporary, args.out)
+    write_results(args.out or args.checkpoint.parent / "results.json", entries)
     if args.gallery:
         gallery(run, encoded, args.gallery)
     return 0

@@ -4,6 +4,8 @@ A label becomes text by a prompt (paper): a discrete template around the finding
 learnable vectors in place of word embeddings, trained end to end. Templates and wordings are ours.
 """
 
+import re
+
 import torch
 import torch.nn as nn
 
@@ -32,6 +34,12 @@ WORDINGS = {
     "Reproductive and Urinary System": ("the reproductive and urinary system", "the pelvis"),
 }
 
+# Finding -> how its absence may be worded, where "no" before the wording would not say it.
+NEGATIONS = {
+    "No Finding": ("an acute cardiopulmonary abnormality", "abnormal lungs or heart"),
+    "Support Devices": ("no support device", "no tube, line or pacemaker"),
+}
+
 TEMPLATES = {
     "word": "{}",
     "caption": "a medical image showing {}",
@@ -44,26 +52,33 @@ def wordings(finding):
     return WORDINGS.get(finding, (finding.replace("_", " ").lower(),))
 
 
+def negations(finding):
+    """The ways to say that a finding is absent -> tuple of str, as many as there are wordings."""
+    plain = (re.sub(r"^(an?|the) ", "", wording) for wording in wordings(finding))
+    return NEGATIONS.get(finding) or tuple(f"no {wording}" for wording in plain)
+
+
 def label_prompt(finding, template):
     """The text that a label becomes: the finding's first wording in a template of TEMPLATES -> str."""
     return TEMPLATES[template].format(wordings(finding)[0])
 
 
-def prompt_set(findings, name):
+def prompt_set(findings, name, worded=wordings):
     """Zero-shot prompts of each finding.
 
     Args:
         findings: names.
         name: a template, for the one prompt that training with it uses, or "ensemble", for every wording in
             every template.
+        worded: wordings, or negations for the prompts of a finding's absence.
 
     Returns:
         {finding: [text, ...]}
     """
     if name != "ensemble":
-        return {finding: [label_prompt(finding, name)] for finding in findings}
+        return {finding: [TEMPLATES[name].format(worded(finding)[0])] for finding in findings}
     return {
-        finding: [text.format(wording) for text in TEMPLATES.values() for wording in wordings(finding)]
+        finding: [text.format(wording) for text in TEMPLATES.values() for wording in worded(finding)]
         for finding in findings
     }
 

@@ -1,6 +1,7 @@
 """Metrics against hand-made matrices and slow twins, the tasks, and what evaluate.py writes and refuses."""
 
 import json
+import math
 import os
 import shutil
 from dataclasses import replace
@@ -13,15 +14,16 @@ from PIL import Image
 
 import data
 import evaluate
-import prompts
 import train
 from data import Record
 from evaluate import (
     auroc,
     balanced_accuracy,
     bootstrap_ci,
+    combined,
     encode,
     encode_findings,
+    encode_texts,
     over_queries,
     own_rank,
     precision_at_k,
@@ -133,6 +135,13 @@ def test_auroc_equals_the_double_loop(seed):
     assert auroc(scores, labels) == pytest.approx(np.mean(pairs))
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_auroc_equals_scikit_learn(seed):
+    metrics, rng = pytest.importorskip("sklearn.metrics"), np.random.default_rng(seed)
+    scores, labels = rng.integers(0, 30, 200) / 7, rng.random(200) < 0.3
+    assert auroc(scores, labels) == pytest.approx(metrics.roc_auc_score(labels, scores), abs=1e-12)
+
+
 @pytest.mark.parametrize(("scores", "value"), [([1, 2, 3, 4], 1), ([4, 3, 2, 1], 0), ([5, 5, 5, 5], 0.5)])
 def test_auroc_of_the_best_the_worst_and_the_blind(scores, value):
     assert auroc(scores, [False, False, True, True]) == value
@@ -188,6 +197,29 @@ def test_draws_in_which_a_class_is_absent_are_left_out_of_the_interval():
     assert (low, high) == (1, 1)
 
 
+def share_covered(metric, sample, truth, draws):
+    """Share of 1,000 simulated data sets whose interval holds the truth."""
+    rng, covered = np.random.default_rng(0), 0
+    for seed in range(1000):
+        low, high = bootstrap_ci(metric, *sample(rng), n=draws, seed=seed)
+        covered += low <= truth <= high
+    return covered / 1000
+
+
+def test_of_a_hundred_intervals_of_an_accuracy_about_95_hold_the_truth():
+    assert 0.92 <= share_covered(np.mean, lambda rng: [rng.random(200) < 0.7], 0.7, 200) <= 0.97
+
+
+def test_of_a_hundred_intervals_of_an_auroc_about_95_hold_the_truth():
+    labels = np.arange(150) % 3 == 0
+
+    def sample(rng):
+        return rng.normal(size=150) + labels, labels
+
+    truth = (1 + math.erf(0.5)) / 2  # the chance that of two normal numbers the one with mean 1 is larger
+    assert 0.92 <= share_covered(auroc, sample, truth, 100) <= 0.97
+
+
 # -------------------------------------------------------------------------------------------------- features
 
 
@@ -233,11 +265,16 @@ def test_unreadable_images_are_left_out_on_demand(run, tmp_path):
     assert encoded.records == good and alike(encoded.report_features, encode(run, good).report_features)
 
 
-def test_a_finding_is_the_mean_of_its_prompts_at_unit_length(run):
-    (feature,) = encode_findings(run, ["Edema"], "ensemble")
-    texts = prompts.prompt_set(["Edema"], "ensemble")["Edema"]
-    each = [run.model.encode_prompt(*run.prompt_tokens([text]))[0].detach().numpy() for text in texts]
-    assert alike(feature, np.mean(each, 0) / np.linalg.norm(np.mean(each, 0)))
+def test_prompts_are_encoded_with_the_vectors_and_stay_with_their_finding(run):
+    texts = {"Edema": ["edema", "fluid"], "Gout": ["gout"]}
+    features = encode_findings(run, texts)
+    assert [len(each) for each in features] == [2, 1]
+    assert alike(features[1][0], run.model.encode_prompt(*run.prompt_tokens(["gout"]))[0].detach())
+
+
+def test_reports_are_encoded_without_the_vectors(run):
+    records = [record for record in data.load_records(["phantom=16"], "test", 3)]
+    assert alike(encode_texts(run, [r.report for r in records]), encode(run, records).report_features)
 
 
 # ---------------------------------------------------------------------------------------------------- tasks
@@ -262,8 +299,8 @@ def hand_made(image_features, present, absent=None, report_features=None, report
 def classify(run, monkeypatch):
     """zero_shot of images whose features are their scores."""
 
-    def unit_vectors(run, findings, prompt_set):
-        return np.eye(3)[["ABC".index(finding) for finding in findings]]
+    def unit_vectors(run, texts):
+        return [np.eye(3)[["ABC".index(name)]] for name in texts]
 
     monkeypatch.setattr(evaluate, "encode_findings", unit_vectors)
     return lambda scores, *labels, **options: evaluate.zero_shot(run, hand_made(scores, *labels), **options)
@@ -291,7 +328,8 @@ def test_chance_is_one_of_the_classes(classify):
 def test_classes_restrict_the_choice(classify):
     scores, present = [[3, 1, 2], [3, 2, 1], [3, 1, 2]], [[0, 0, 1], [0, 1, 0], [1, 0, 0]]
     results = classify(scores, present, classes=["B", "C"])
-    assert results.keys() == {"accuracy", "balanced accuracy", "AUROC B", "AUROC C", "AUROC mean"}
+    auroc = {"AUROC B", "AUROC C", "AUROC mean"}
+    assert results.keys() == {"accuracy", "balanced accuracy"} | auroc | {f"pair {name}" for name in auroc}
     assert results["accuracy"]["value"] == 1 and results["accuracy"]["n"] == 2
 
 
@@ -310,15 +348,113 @@ def test_auroc_mean_is_the_mean_over_the_findings(classify):
 def test_zero_shot_uses_the_template_of_training(run, monkeypatch):
     used = []
 
-    def spy(run, findings, prompt_set):
-        used.append(prompt_set)
-        return np.eye(2)
+    def spy(run, texts):
+        used.append([len(each) for each in texts.values()])
+        return [np.eye(2)[[i]] for i in range(len(texts))]
 
     monkeypatch.setattr(evaluate, "encode_findings", spy)
     encoded = hand_made([[1, 0], [0, 1]], [A, B])
     evaluate.zero_shot(run, encoded)
     evaluate.zero_shot(run, encoded, prompt_set="ensemble")
-    assert used == [run.args.template, "ensemble"]
+    assert used == [[1, 1], [1, 1], [3, 3], [3, 3]]
+
+
+PROMPTS = [np.array([[1.0, 0], [0, 1]]), np.array([[0.6, 0.8]])]
+
+
+@pytest.mark.parametrize(
+    ("combine", "scores"),
+    [("mean-embedding", [0.5**0.5, 0.6]), ("mean-similarity", [0.5, 0.6]), ("max", [1, 0.6])],
+)
+def test_prompts_are_combined_by_hand(combine, scores):
+    assert combined(np.array([[1.0, 0]]), PROMPTS, combine) == pytest.approx(np.array([scores]))
+
+
+def test_with_one_prompt_all_combinations_are_its_cosine():
+    images = np.random.default_rng(0).normal(size=(5, 2))
+    for combine in evaluate.COMBINE:
+        assert combined(images, PROMPTS[1:], combine) == pytest.approx(images @ PROMPTS[1].T)
+
+
+def test_several_prompts_show_all_combinations(classify):
+    results = classify(
+        [[3, 1, 2], [1, 2, 3]], [A + [False], B + [False]], prompt_set="ensemble", combine="max"
+    )
+    assert {"accuracy", "accuracy, mean-embedding", "accuracy, mean-similarity"} <= results.keys()
+    assert "accuracy, max" not in results
+
+
+def test_the_pair_score_is_the_difference_between_presence_and_absence(run, monkeypatch):
+    """Presence alone ranks the images wrongly, presence against absence rightly."""
+    features = iter([[np.array([[1.0, 0]])], [np.array([[0, 1.0]])]])
+    monkeypatch.setattr(evaluate, "encode_findings", lambda run, texts: next(features))
+    encoded = hand_made([[1, 0], [2, 5]], [[True], [False]])
+    results = evaluate.zero_shot(run, encoded)
+    assert results["AUROC A"]["value"] == 0 and results["pair AUROC A"]["value"] == 1
+
+
+def test_the_pair_score_ranks_like_the_softmax_over_both():
+    positive, negative = np.random.default_rng(0).uniform(-1, 1, (2, 50))
+    softmax = np.exp(positive) / (np.exp(positive) + np.exp(negative))
+    assert (np.argsort(positive - negative) == np.argsort(softmax)).all()
+
+
+# ------------------------------------------------------------------------------------------ prompts of a file
+
+
+@pytest.fixture
+def prompt_file(tmp_path):
+    """Writes a prompt set -> its path."""
+
+    def write(content):
+        path = tmp_path / "prompts.json"
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return str(path)
+
+    return write
+
+
+def test_a_file_of_prompts_with_and_without_negatives(prompt_file):
+    source = prompt_file({"A": ["a", "an a"], "B": {"positive": ["b"], "negative": ["no b"]}, "C": ["c"]})
+    assert evaluate.read_prompts(source, ["B", "A"]) == ({"B": ["b"], "A": ["a", "an a"]}, {"B": ["no b"]})
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"A": "a"}', '{"A": []}', '{"A": [1]}', '{"A": {"both": ["a"]}}', '{"A": null}']
+)
+def test_what_is_no_prompt_set_is_refused(prompt_file, content):
+    with pytest.raises(data.BadInput, match="prompts.json"):
+        evaluate.read_prompts(prompt_file(content), ["A"])
+
+
+def test_a_class_without_a_prompt_is_named(assess, prompt_file, capsys):
+    assert assess("--task", "zero-shot", "--prompts", prompt_file({"Edema": ["edema"]})) == 2
+    sentence = refusal(capsys)
+    assert "'Atelectasis'" in sentence and "Edema" in sentence
+
+
+def test_prompts_their_combination_and_source_are_in_the_result(assess, prompt_file, tmp_path):
+    source = prompt_file({name: [name, f"some {name}"] for name in data.PHANTOM_FINDINGS})
+    assert assess("--task", "zero-shot", "--prompts", source, "--combine", "max") == 0
+    (entry,) = json.loads((tmp_path / "results.json").read_text()).values()
+    assert entry["options"] == {"prompt_set": source, "combine": "max"}
+    assert entry["prompts"][0]["Edema"] == ["Edema", "some Edema"] and entry["prompts"][1] == {}
+
+
+def test_classes_that_training_never_saw_are_named(assess, chests, tmp_path, capsys):
+    assert assess("--data", f"nih-chestxray14={chests}", "--task", "zero-shot", "--split", "train") == 0
+    assert "no label Pneumonia" in capsys.readouterr().out
+    (entry,) = json.loads((tmp_path / "results.json").read_text()).values()
+    assert entry["not trained"] == ["Pneumonia"]
+
+
+def test_a_score_worse_than_a_blind_guess_is_pointed_out(capsys):
+    entry = {"value": 0.1, "low": 0.05, "high": 0.2, "chance": 0.5, "n": 9}
+    evaluate.print_table(
+        {"zero-shot": {"AUROC A": entry, "AUROC B": entry | {"high": 0.6}, "accuracy": entry}}
+    )
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1 and "AUROC A" in warnings[0]
 
 
 def test_retrieval_of_hand_made_features(run):
@@ -337,6 +473,7 @@ def test_text_to_image_is_image_to_text_with_the_sides_swapped(run):
     one = evaluate.retrieval(run, hand_made(images, labels, None, reports))
     other = evaluate.retrieval(run, hand_made(reports, labels, None, images))
     for metric in ("P@1", "P@2", "P@5", "P@10", "R@1", "R@5", "R@10", "median rank"):
+        one[f"t2i_{metric}"].pop("of"), other[f"i2t_{metric}"].pop("of")
         assert one[f"t2i_{metric}"] == other[f"i2t_{metric}"]
 
 
@@ -398,9 +535,8 @@ def test_same_seed_same_sentences():
 
 
 def test_sentences_replace_the_reports(assess, tmp_path):
-    flags = ["--task", "retrieval", "--sentences", "3", "--limit", "100", "--out", tmp_path / "r.json"]
-    assert assess(*flags) == 0
-    results = json.loads((tmp_path / "r.json").read_text())["retrieval"]
+    assert assess("--task", "retrieval", "--sentences", "3", "--limit", "100") == 0
+    results = metrics_of(tmp_path / "results.json")["retrieval"]
     assert results.keys() == {f"{way}_P@{k}" for way in ("i2t", "t2i") for k in (1, 2, 5, 10)}
     assert (results["i2t_P@1"]["n"], results["i2t_P@1"]["candidates"]) == (100, 15)
     assert results["i2t_P@1"]["chance"] == pytest.approx(1 / 5)
@@ -414,18 +550,24 @@ def test_fewer_sentences_than_asked_for_are_refused(assess, capsys):
 # -------------------------------------------------------------------------------------------------- program
 
 
+def metrics_of(file):
+    """{task: {metric: entry}} of a file of results."""
+    return {entry["task"]: entry["metrics"] for entry in json.loads(file.read_text()).values()}
+
+
 @pytest.fixture(scope="module")
 def results(tiny_run, tmp_path_factory):
     """What evaluate.py writes of the tiny run."""
     file = tmp_path_factory.mktemp("results") / "results.json"
     assert evaluate.main(["--checkpoint", str(tiny_run), "--limit", "40", "--out", str(file)]) == 0
     assert [path.name for path in file.parent.iterdir()] == ["results.json"]
-    return json.loads(file.read_text())
+    return metrics_of(file)
 
 
 def test_zero_shot_reports_accuracy_and_auroc(results):
     auroc = {f"AUROC {name}" for name in data.PHANTOM_FINDINGS}
-    assert results["zero-shot"].keys() == {"accuracy", "balanced accuracy", "AUROC mean"} | auroc
+    auroc |= {"AUROC mean"} | {f"pair {name}" for name in auroc} | {"pair AUROC mean"}
+    assert results["zero-shot"].keys() == {"accuracy", "balanced accuracy"} | auroc
 
 
 def test_retrieval_reports_precision_and_recall_both_ways(results):
@@ -450,13 +592,15 @@ def test_each_value_lies_in_its_interval(results):
 
 
 def test_retrieval_says_how_many_candidates_there_were(results):
-    assert {(entry["n"], entry["candidates"]) for entry in results["retrieval"].values()} == {(40, 40)}
+    candidates = {(entry["n"], entry["candidates"]) for entry in results["retrieval"].values()}
+    assert candidates == {(40, 40)}
 
 
 @pytest.fixture
-def assess(tiny_run):
-    """evaluate.py on five phantoms, with further flags -> exit status."""
-    return lambda *flags: evaluate.main(["--checkpoint", str(tiny_run), "--limit", "5", *map(str, flags)])
+def assess(tiny_run, tmp_path):
+    """evaluate.py on five phantoms, with further flags, into tmp_path/results.json -> exit status."""
+    fixed = ["--checkpoint", str(tiny_run), "--limit", "5", "--out", str(tmp_path / "results.json")]
+    return lambda *flags: evaluate.main([*fixed, *map(str, flags)])
 
 
 def refusal(capsys):
@@ -474,23 +618,24 @@ def test_the_table_shows_every_metric(assess, capsys):
 
 @pytest.mark.parametrize("task", ["zero-shot", "retrieval"])
 def test_a_task_runs_alone(assess, tmp_path, task):
-    assess("--task", task, "--out", tmp_path / "results.json")
-    assert json.loads((tmp_path / "results.json").read_text()).keys() == {task}
+    assess("--task", task)
+    assert metrics_of(tmp_path / "results.json").keys() == {task}
 
 
 def test_the_data_of_training_are_the_default(assess, capsys):
     assess("--task", "retrieval")
-    assert "test split of phantom=16, 5 images" in capsys.readouterr().out
+    assert "test split of phantom=16, first 5, 5 images" in capsys.readouterr().out
 
 
 def test_other_data_and_another_split_are_chosen(assess, chests, capsys):
     assess("--task", "zero-shot", "--data", f"nih-chestxray14={chests}", "--split", "valid")
-    assert f"valid split of nih-chestxray14={chests}, 2 images" in capsys.readouterr().out
+    assert f"valid split of nih-chestxray14={chests}, first 5, 2 images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("place", [".", "best.pt", "last.pt"])
-def test_a_checkpoint_is_a_folder_or_a_file(tiny_run, capsys, place):
-    assert evaluate.main(["--checkpoint", str(tiny_run / place), "--task", "retrieval", "--limit", "5"]) == 0
+def test_a_checkpoint_is_a_folder_or_a_file(tiny_run, tmp_path, capsys, place):
+    flags = ["--task", "retrieval", "--limit", "5", "--out", str(tmp_path / "results.json")]
+    assert evaluate.main(["--checkpoint", str(tiny_run / place), *flags]) == 0
 
 
 def test_the_newest_run_is_the_default(tiny_run, tmp_path, monkeypatch, capsys):
@@ -549,9 +694,49 @@ def test_zero_shot_alone_on_data_without_labels_is_refused(assess, unlabelled, c
 
 
 def test_retrieval_of_data_without_labels_is_by_instance(assess, unlabelled, tmp_path):
-    assert assess("--data", unlabelled, "--out", tmp_path / "results.json") == 0
-    metrics = json.loads((tmp_path / "results.json").read_text())["retrieval"]
+    assert assess("--data", unlabelled) == 0
+    metrics = metrics_of(tmp_path / "results.json")["retrieval"]
     assert metrics.keys() == {"i2t_R@1", "t2i_R@1", "i2t_median rank", "t2i_median rank"}
+
+
+# -------------------------------------------------------------------------------------------------- results
+
+
+def test_a_task_run_again_replaces_its_entry_and_no_other(assess, tmp_path):
+    file = tmp_path / "results.json"
+    for task in ("retrieval", "zero-shot", "zero-shot"):
+        assert assess("--task", task) == 0
+    first = json.loads(file.read_text())
+    assert assess("--task", "zero-shot", "--prompt-set", "word") == 0
+    second = json.loads(file.read_text())
+    assert len(first) == 2 and len(second) == 3 and second.items() >= first.items()
+
+
+def test_results_are_beside_the_checkpoint(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    assert evaluate.main(["--checkpoint", str(tmp_path / "run"), "--task", "retrieval", "--limit", "5"]) == 0
+    assert metrics_of(tmp_path / "run" / "results.json").keys() == {"retrieval"}
+
+
+def test_a_result_says_what_it_was_made_of(assess, tmp_path):
+    assert assess("--task", "retrieval") == 0
+    (entry,) = json.loads((tmp_path / "results.json").read_text()).values()
+    assert entry["counts"] == {"images": 5, "reports": 5, "labelled": 5} and entry["seed"] == 0
+    assert {"torch", "numpy", "transformers"} <= entry["versions"].keys() and "commit" in entry
+
+
+def test_the_fingerprint_changes_with_labels_and_reports_but_not_with_their_order():
+    one, other = reporting(("A report.", "A"), ("A report.", "B"))
+    labels, reports = evaluate.fingerprint([one, other])
+    assert evaluate.fingerprint([other, one]) == (labels, reports)
+    assert evaluate.fingerprint([one, replace(other, findings=frozenset())])[0] != labels
+    assert evaluate.fingerprint([one, replace(other, report="More.")])[1] != reports
+
+
+def test_results_that_are_no_results_are_kept(assess, tmp_path, capsys):
+    (tmp_path / "results.json").write_text("mine")
+    assert assess("--task", "retrieval") == 2 and "results.json" in refusal(capsys)
+    assert (tmp_path / "results.json").read_text() == "mine"
 
 
 # -------------------------------------------------------------------------------------------------- gallery

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prompts import TEMPLATES, WORDINGS, ContinuousPrompt, label_prompt, prompt_set, wordings
+from prompts import TEMPLATES, WORDINGS, ContinuousPrompt, label_prompt, negations, prompt_set, wordings
 
 UNLISTED = "Pleural_Thickening"
 FINDINGS = [*WORDINGS, UNLISTED]
@@ -75,3 +75,23 @@ def test_ensemble_has_every_wording_in_every_template(finding):
 
 def test_an_unlisted_finding_is_worded_by_its_own_name():
     assert wordings(UNLISTED) == ("pleural thickening",)
+
+
+@pytest.mark.parametrize("finding", FINDINGS)
+def test_a_finding_can_be_denied_in_as_many_ways_as_it_can_be_said(finding):
+    assert len(negations(finding)) == len(wordings(finding))
+    assert not set(negations(finding)) & set(wordings(finding))
+
+
+def test_a_normal_image_is_not_denied_twice():
+    assert not any("no" in text.split() for text in negations("No Finding"))
+
+
+def test_a_denial_has_no_article():
+    assert negations("Cardiomegaly") == ("no cardiomegaly", "no enlarged heart")
+
+
+def test_prompts_of_absence_are_the_denials_in_the_template():
+    assert prompt_set(["Edema"], "caption", negations) == {
+        "Edema": ["a medical image showing no pulmonary edema"]
+    }
