@@ -27,6 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 import prompts
+import umcl
 from data import BadInput
 
 # ------------------------------------------------------------------------------------------------- metrics
@@ -128,8 +129,7 @@ def recall_at_k(similarity, ks=(1, 5, 10)):
 def over_queries(function, queries, candidates, *of_query, cells=2**24):
     """function(similarity, *of_query), for some queries at a time, put together: (Q, D), (K, D), (Q, ...).
 
-    A piece of the (Q, K) similarities has at most `cells` numbers, and what the metrics make of it is
-    no larger than some four such pieces: 0.3 GB, whatever Q and K are.
+    A piece of the (Q, K) similarities has at most `cells` numbers, 64 MB, so memory does not grow with Q · K.
     """
     rows = max(1, cells // len(candidates))
     pieces = range(0, len(queries), rows)
@@ -178,14 +178,17 @@ def bootstrap_ci(metric, *arrays, n=1000, seed=0):
     return tuple(float(v) for v in np.nanpercentile(values, (2.5, 97.5)))
 
 
-def measured(metric, *arrays, chance, draws, **counts):
+def measured(metric, *arrays, draws, chance=None, redraw=None, **counts):
     """One entry of the results: value, interval from `draws` bootstrap draws (0: none), chance, counts.
 
-    "of" keeps metric and arrays, whose rows are the images or texts asked about, to compare runs by.
+    redraw: takes the metric's place in the draws, where more than the rows is drawn anew. "of" keeps metric
+    and arrays, whose rows are the images or texts asked about, to compare runs by.
     """
-    entry = {"value": float(metric(*arrays)), "chance": float(chance), "n": len(arrays[0]), **counts}
+    entry = {"value": float(metric(*arrays)), "n": len(arrays[0]), **counts}
+    if chance is not None:
+        entry["chance"] = float(chance)
     if draws:
-        entry["low"], entry["high"] = bootstrap_ci(metric, *arrays, n=draws)
+        entry["low"], entry["high"] = bootstrap_ci(redraw or metric, *arrays, n=draws)
     return entry | {"of": (metric, arrays)}
 
 
@@ -202,6 +205,8 @@ class Encoded(NamedTuple):
     report_rows: np.ndarray  # (R,) int, the record of each report
     present: np.ndarray  # (N, C) bool
     absent: np.ndarray  # (N, C) bool
+    pooled: np.ndarray = None  # (N, F) float32, the image tower's features before the projection
+    report_labels: np.ndarray = None  # (R, C) bool, what each report stands for in training, see data.Batch
 
 
 @torch.no_grad()
@@ -215,29 +220,36 @@ def encode(run, records, skip_bad_images=0):
         collate_fn=data.Collate(records, findings, None, run.tokenizer, run.args.max_length),
         num_workers=run.args.workers,
     )
-    rows, report_rows, image_features, report_features, unreadable = [], [], [], [], []
+    rows, report_rows, report_labels, unreadable = [], [], [], []
+    image_features, report_features, pooled = [], [], []
+    tap = run.model.image_projection.register_forward_pre_hook(lambda _, x: pooled.append(x[0].float().cpu()))
     for batch in loader:
         unreadable += batch.unreadable
         data.refuse_unreadable(unreadable, skip_bad_images)
         report_rows.append(sum(map(len, rows)) + batch.report_rows)
+        report_labels.append(batch.report_labels)
         rows.append(batch.rows)
         batch = data.to_device(batch, run.device)
         with run.autocast():
             if len(batch.rows):
                 image_features.append(run.model.encode_image(data.normalise(batch.images)))
             report_features += [run.model.encode_text(*piece) for piece in batch.reports]
+    tap.remove()
     rows, report_rows = torch.cat(rows), torch.cat(report_rows)
     if not len(rows):
         raise BadInput("none of the images can be read")
-    report_features = torch.cat(report_features or [torch.zeros(0, 1)]).cpu()[report_rows.argsort()]
+    order = report_rows.argsort()
+    report_features = torch.cat(report_features or [torch.zeros(0, 1)]).cpu()[order]
     records = [records[row] for row in rows.tolist()]
     return Encoded(
         records,
         findings,
         torch.cat(image_features).cpu().numpy(),
         report_features.numpy(),
-        report_rows.sort().values.numpy(),
+        report_rows[order].numpy(),
         *(labels.numpy() for labels in data.label_matrices(records, findings)),
+        torch.cat(pooled).numpy(),
+        torch.cat(report_labels)[order].numpy(),
     )
 
 
@@ -485,8 +497,260 @@ def retrieval(run, encoded, *, sentences=None, sentences_from=None, split="test"
     return results | instance_level(images, texts, text, draws)
 
 
-TASKS = {"zero-shot": zero_shot, "retrieval": retrieval}
-NEEDS = {"zero-shot": "labels of two classes", "retrieval": "reports"}
+def drawn_by_patient(records, percent, seed):
+    """All records of so many percent of the patients, at least one, drawn by the seed -> list."""
+    patients = sorted({(record.source, record.patient) for record in records})
+    order = np.random.default_rng(seed).permutation(len(patients))
+    chosen = {patients[i] for i in order[: max(1, round(len(patients) * percent / 100))]}
+    return [record for record in records if (record.source, record.patient) in chosen]
+
+
+def other_splits(encoded, load):
+    """Training and validation records with labels, without the patients of the evaluated records."""
+    for split in ("train", "valid"):
+        kept = [record for record in data.hold_out(load(split), encoded.records) if record.findings]
+        if not kept:
+            raise BadInput(f"no labelled record of the {split} split is left beside the evaluated patients")
+        yield kept
+
+
+def transfer(encoded, percent, scores, draws):
+    """Entries of a classifier trained several times: (N, C, T) scores of T draws of its training records.
+
+    The value is the mean over the draws; the interval draws both images and draws anew. "spread" is the
+    standard deviation over the draws.
+    """
+    rng, T = np.random.default_rng(0), scores.shape[2]
+    present, known = encoded.present, encoded.present | encoded.absent
+
+    def mean_of(metric):
+        def over(scores, *arrays):
+            return np.mean([metric(scores[..., t], *arrays) for t in range(scores.shape[-1])])
+
+        return over, lambda scores, *arrays: over(scores[..., rng.integers(T, size=T)], *arrays)
+
+    def entry(metric, scores, *arrays, chance):
+        metric_of_all, redraw = mean_of(metric)
+        spread = np.std([metric(scores[..., t], *arrays) for t in range(T)], ddof=1) if T > 1 else 0.0
+        told = {"trained": T, "spread": float(spread)}
+        return measured(metric_of_all, scores, *arrays, chance=chance, draws=draws, redraw=redraw, **told)
+
+    results, single = {}, present.sum(1) == 1
+    if single.all() and present.shape[1] > 1:
+        right = scores.argmax(1) == present.argmax(1)[:, None]
+        results[f"{percent:g} % accuracy"] = entry(np.mean, right, chance=1 / present.shape[1])
+    if not np.isnan(mean_auroc(scores[..., 0], present, known)):
+        results[f"{percent:g} % AUROC mean"] = entry(mean_auroc, scores, present, known, chance=0.5)
+    return results
+
+
+def logistic_regression(features, present, absent, penalty, steps=100):
+    """One regression for each finding over the rows where it is known, by L-BFGS on the mean cross-entropy.
+
+    Args:
+        features: (N, F) float32. present, absent: (N, C) bool. penalty: of half the squared weights.
+
+    Returns:
+        (F + 1, C) float32, the intercept last, without penalty.
+    """
+    known = (present | absent).float()
+    features = torch.cat([features, torch.ones(len(features), 1)], dim=1)
+    weight = torch.zeros(features.shape[1], present.shape[1], requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight], max_iter=steps, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        entropy = torch.nn.functional.binary_cross_entropy_with_logits(
+            features @ weight, present.float(), known, reduction="sum"
+        )
+        value = entropy / known.sum().clamp(min=1) + penalty / 2 * weight[:-1].square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return weight.detach()
+
+
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+def linear_probe(run, encoded, *, load, fractions=(1, 10, 100), repeats=5, draws=1000):
+    """How much a linear classifier reads off the frozen image tower, from shares of the training patients.
+
+    Features before the projection, standardised by the training records; one logistic regression for each
+    finding of the evaluated records, its penalty (out of PENALTIES) chosen by the mean AUROC on the
+    validation split. Accuracy where each image has exactly one finding, by the highest score.
+
+    Args:
+        load: split -> records. fractions: percent of the training patients. repeats: draws of each but 100.
+    """
+    train, valid = (encode(run, records, run.args.skip_bad_images) for records in other_splits(encoded, load))
+    findings, results = encoded.findings, {}
+    row_of = {id(record): row for row, record in enumerate(train.records)}
+    labels = data.label_matrices(train.records, findings)
+    present, absent = (each.numpy() for each in data.label_matrices(valid.records, findings))
+    for percent in fractions:
+        scores = []
+        for repeat in range(1 if percent == 100 else repeats):
+            rows = [row_of[id(record)] for record in drawn_by_patient(train.records, percent, repeat)]
+            mean, std = train.pooled[rows].mean(0), train.pooled[rows].std(0) + 1e-6
+            of_train, of_valid, of_test = (
+                torch.from_numpy((part - mean) / std)
+                for part in (train.pooled[rows], valid.pooled, encoded.pooled)
+            )
+            best = -1.0
+            for penalty in PENALTIES:
+                weight = logistic_regression(of_train, *(each[rows] for each in labels), penalty)
+                fits = mean_auroc((of_valid @ weight[:-1]).numpy(), present, present | absent)
+                if fits > best:
+                    best, kept = fits, (of_test @ weight[:-1] + weight[-1]).numpy()
+            scores.append(kept)
+        results |= transfer(encoded, percent, np.stack(scores, axis=2), draws)
+    return results
+
+
+def prompt_sensitivity(run, encoded, *, classes=None, draws=1000):
+    """What the wording of the prompts does to zero-shot classification (the paper's motivation).
+
+    Every variant of prompts.variants, one prompt a class: its accuracy over the images with exactly one of
+    the classes; over all of them the mean, the spread (standard deviation) and the worst. "negated" prompts
+    say the opposite, so they stay out of these three, and the better the model understands "no" the further
+    below chance they are.
+    """
+    classes = [name for name in classes or encoded.findings if name in encoded.findings]
+    present = encoded.present[:, [encoded.findings.index(name) for name in classes]]
+    single = present.sum(1) == 1
+    if len(classes) < 2 or not single.any():
+        return {}
+    right = {}
+    for variant, texts in prompts.variants(classes, run.args.template).items():
+        scores = combined(encoded.image_features[single], encode_findings(run, texts), COMBINE[0])
+        right[variant] = scores.argmax(1) == present[single].argmax(1)
+    said = np.stack([each for variant, each in right.items() if variant != "negated"], axis=1)
+    of = {"chance": 1 / len(classes), "draws": draws}
+    results = {
+        "mean": measured(np.mean, said, **of, variants=said.shape[1]),
+        "worst": measured(lambda right: right.mean(0).min(), said, **of),
+        "spread": measured(lambda right: right.mean(0).std(), said, draws=draws),
+    }
+    return results | {variant: measured(np.mean, each, **of) for variant, each in right.items()}
+
+
+def prompt_words(run, encoded, *, draws=1000, near=3):
+    """What the continuous prompt learned, and whether it brings label prompts nearer to the reports.
+
+    Norms of the vectors against those that they start with, 0.02 √dim in expectation (the start itself is not
+    kept), and their nearest word pieces by cosine against those of random vectors. Distance
+    between the centre of the label prompts (one for each finding that a report has alone) and the centre of
+    these reports, and the mean cosine of a report with the prompt of its finding and with the others', each
+    with the vectors and without.
+
+    Returns:
+        entries; that of the nearest word piece has "words", one line for each vector.
+    """
+    labels = encoded.present[encoded.report_rows]
+    single = labels.sum(1) == 1
+    if not single.any():
+        return {}
+    findings = [name for column, name in enumerate(encoded.findings) if labels[single, column].any()]
+    labels = labels[single][:, [encoded.findings.index(name) for name in findings]]
+    reports, results = encoded.report_features[single], {}
+    texts = [prompts.label_prompt(name, run.args.template) for name in findings]
+    for way, as_prompts in (("with the vectors", True), ("without", False)):
+        features = encode_texts(run, texts, as_prompts)
+        cosine = reports @ features.T
+        own = cosine[labels]
+        others = (cosine.sum(1) - own) / max(1, len(findings) - 1)
+        gap = partial(
+            lambda reports, centre: np.linalg.norm(reports.mean(0) - centre), centre=features.mean(0)
+        )
+        results[f"distance to the reports, {way}"] = measured(gap, reports, draws=draws)
+        results[f"cosine with the own reports, {way}"] = measured(np.mean, own, draws=draws)
+        results[f"cosine with other reports, {way}"] = measured(np.mean, others, draws=draws)
+    if run.model.prompt is not None:
+        vectors = run.model.prompt.context.detach().float().cpu()
+        words = run.model.text_encoder.bert.get_input_embeddings().weight.detach().float().cpu()
+        random = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(0))
+        of_vectors, of_random = (cosines(each, words).topk(near) for each in (vectors, random))
+        norms, lines = vectors.norm(dim=1), []
+        for i, (ids, values) in enumerate(zip(of_vectors.indices, of_vectors.values, strict=True)):
+            pieces = zip(run.tokenizer.convert_ids_to_tokens(ids.tolist()), values.tolist(), strict=True)
+            nearest = ", ".join(f"{piece} {value:.2f}" for piece, value in pieces)
+            lines.append(f"vector {i + 1:2}, norm {norms[i]:.2f}: {nearest}")
+        start = 0.02 * vectors.shape[1] ** 0.5
+        results["norm of the vectors"] = measured(np.mean, norms.numpy(), chance=start, draws=draws)
+        results["cosine with the nearest word piece"] = measured(
+            np.mean,
+            of_vectors.values[:, 0].numpy(),
+            chance=of_random.values[:, 0].mean(),
+            draws=draws,
+            words=lines,
+        )
+    return results
+
+
+def cosines(one, other):
+    """(N, D), (M, D) tensors -> (N, M)."""
+    return torch.nn.functional.normalize(one, dim=1) @ torch.nn.functional.normalize(other, dim=1).T
+
+
+def false_negatives(run, encoded, *, pairs_of=2000, draws=1000):
+    """What the label mask removes, and whether these pairs are alike (no direct evidence in the paper).
+
+    Pairs of an image and another image's report, both with known findings, among at most `pairs_of` records:
+    "equal", the findings are the same and a disease is among them, which the mask removes; "subset", the
+    report's findings are some of the image's, which the rule of label prompts would remove beside; "other",
+    real negatives. For each kind its number in a random batch of the run's size, its mean cosine, and the
+    chance that such a text is nearer to the image than a real negative; the last two are means over images.
+    """
+    rows = np.flatnonzero(encoded.present[encoded.report_rows].any(1))
+    if len(rows) < 2:
+        return {}
+    rows = np.sort(np.random.default_rng(0).permutation(rows)[:pairs_of])
+    images, reports = encoded.image_features[encoded.report_rows[rows]], encoded.report_features[rows]
+    described = torch.from_numpy(encoded.report_labels[rows])
+    equal = umcl.label_mask(described, described, "equal").numpy()  # as in train.losses
+    subset = umcl.label_mask(described, described, "subset").numpy() & ~equal
+    similarity, others = images @ reports.T, ~np.eye(len(rows), dtype=bool)
+    B, results = run.args.batch_size, {}
+    for kind, pairs in (("equal", equal), ("subset", subset), ("other", ~equal & ~subset)):
+        pairs = pairs & others
+        share = pairs.sum(1) / (len(rows) - 1)
+        results[f"{kind}: pairs, of {B * (B - 1)} in a batch"] = measured(
+            lambda share: share.mean() * B * (B - 1), share, draws=draws
+        )
+        if not pairs.any():
+            continue
+        having = pairs.any(1)
+        cosine = np.array([row[of].mean() for row, of in zip(similarity[having], pairs[having], strict=True)])
+        results[f"{kind}: cosine"] = measured(np.mean, cosine, draws=draws)
+        if kind != "other":
+            real = ~equal & ~subset & others
+            both = np.flatnonzero(having & real.any(1))
+            nearer = np.array(
+                [auroc(similarity[i, m], pairs[i, m]) for i in both for m in [pairs[i] | real[i]]]
+            )
+            if len(nearer):
+                results[f"{kind}: AUROC against other"] = measured(np.mean, nearer, chance=0.5, draws=draws)
+    return results
+
+
+TASKS = {
+    "zero-shot": zero_shot,
+    "retrieval": retrieval,
+    "linear-probe": linear_probe,
+    "prompt-sensitivity": prompt_sensitivity,
+    "prompt-words": prompt_words,
+    "false-negatives": false_negatives,
+}
+NEEDS = {
+    "zero-shot": "labels of two classes",
+    "retrieval": "reports",
+    "linear-probe": "labels",
+    "prompt-sensitivity": "images with exactly one of two classes",
+    "prompt-words": "reports of images with exactly one finding",
+    "false-negatives": "two reports with labels",
+}
 
 
 def quick_scores(run, records):
@@ -541,12 +805,14 @@ def newest_checkpoint():
 def print_table(results):
     """{task: {metric: entry}}, and a warning of what is worse than a blind guess."""
     width = max([32, *(len(f"{task}  {metric}") for task, metrics in results.items() for metric in metrics)])
-    print(f"{'':{width}}{'value':>8}{'95 % interval':>18}{'chance':>8}{'n':>7}")
+    print(f"{'':{width}}{'value':>8}{'95 % interval':>20}{'chance':>8}{'n':>7}")
     for task, metrics in results.items():
         for metric, entry in metrics.items():
             interval = f"{entry['low']:.3f} to {entry['high']:.3f}" if "low" in entry else ""
             name = f"{task}  {metric}"
-            print(f"{name:{width}}{entry['value']:8.3f}{interval:>18}{entry['chance']:8.3f}{entry['n']:7}")
+            chance = f"{entry['chance']:.3f}" if "chance" in entry else ""
+            print(f"{name:{width}}{entry['value']:8.3f}{interval:>20}{chance:>8}{entry['n']:7}")
+            print("".join(f"  {line}\n" for line in entry.get("words", ())), end="")
     for task, metrics in results.items():
         for metric, entry in metrics.items():
             if "AUROC" in metric and entry.get("high", 1) < 0.5:
@@ -585,7 +851,9 @@ def write_results(path, entries):
 def build_parser():
     p = argparse.ArgumentParser(description="Evaluate a run of train.py.", allow_abbrev=False)
     p.add_argument("--task", nargs="+", choices=[*TASKS, "all"], default=["zero-shot", "retrieval"])
-    p.add_argument("--checkpoint", help="RUN or RUN/best.pt; default the newest run's best")
+    c = p.add_mutually_exclusive_group()
+    c.add_argument("--checkpoint", help="RUN or RUN/best.pt; default the newest run's best")
+    c.add_argument("--compare", nargs="+", metavar="RUN", help="several, side by side on the same records")
     p.add_argument("--data", nargs="+", metavar="NAME[=ROOT]", help="default: what the run was trained on")
     p.add_argument("--split", choices=data.SPLITS, default="test")
     p.add_argument("--limit", type=int, help="only the first N records of each data set")
@@ -601,6 +869,9 @@ def build_parser():
                    help="retrieve among K sentences of each finding, by a seed, not the images' reports")
     p.add_argument("--sentences-from", nargs="+", metavar="NAME[=ROOT]",
                    help="data sets whose reports have these sentences; default the evaluated ones")
+    p.add_argument("--fractions", type=float, nargs="+", default=(1, 10, 100), metavar="PERCENT",
+                   help="of the training patients, for linear-probe")
+    p.add_argument("--repeats", type=int, default=5, help="draws of each of them but 100")
     p.add_argument("--out", metavar="FILE.json", help="results; default results.json in the run's folder")
     p.add_argument("--gallery", metavar="FILE.png", help="draw images and the reports they retrieve")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -645,7 +916,12 @@ def run_tasks(args, run, encoded, chosen):
         "versions": {m.__name__: m.__version__ for m in (np, torch, torchvision, transformers)},
     }
     results, entries = {}, {}
-    given = {**vars(args), "prompt_set": args.prompt_set or run.args.template}
+    settings = {"views": run.args.views, "uncertain": run.args.uncertain}
+    given = {
+        **vars(args),
+        "prompt_set": args.prompt_set or run.args.template,
+        "load": lambda split: data.load_records(args.data or run.args.data, split, args.limit, **settings),
+    }
     for task in TASKS if "all" in args.task else args.task:
         names = inspect.signature(TASKS[task]).parameters
         options = {name: given[name] for name in names if name in given}
@@ -659,7 +935,7 @@ def run_tasks(args, run, encoded, chosen):
             metric: {key: value for key, value in entry.items() if key != "of"}
             for metric, entry in results[task].items()
         }
-        told = {k: value for k, value in options.items() if k != "split" and value is not None}
+        told = {k: value for k, value in options.items() if k not in ("split", "load") and value is not None}
         name = ", ".join([task, args.checkpoint.name, chosen, *(f"{k} {v}" for k, v in told.items())])
         entries[name] = {"task": task, "options": told, **known, "metrics": metrics}
         if "prompt_set" in told:
@@ -669,29 +945,73 @@ def run_tasks(args, run, encoded, chosen):
     return results, entries
 
 
+def flags_that_differ(runs):
+    """{flag: [value in each run]} of what can change a result."""
+    apart = {"out", "device", "workers", "log_every"}
+    names = dict.fromkeys(name for run in runs for name in vars(run.args) if name not in apart)
+    values = {name: [getattr(run.args, name, None) for run in runs] for name in names}
+    return {name: each for name, each in values.items() if any(value != each[0] for value in each)}
+
+
+def difference(one, other, draws=1000):
+    """Second entry less the first and its interval, drawn from both alike -> (value, low, high)."""
+    (metric, first), (_, second) = one["of"], other["of"]
+
+    def less(*arrays):
+        return metric(*arrays[len(first) :]) - metric(*arrays[: len(first)])
+
+    return other["value"] - one["value"], *bootstrap_ci(less, *first, *second, n=draws)
+
+
+def print_comparison(paths, runs, results):
+    """The runs side by side, and what each has more than the first: paired differences, 95 %."""
+    for i, path in enumerate(paths, 1):
+        print(f"run {i}: {path}")
+    for name, values in flags_that_differ(runs).items():
+        print(f"  --{name.replace('_', '-')}: " + " | ".join(map(str, values)))
+    metrics = [(task, metric) for task, each in results[0].items() for metric in each]
+    metrics = [(task, m) for task, m in metrics if all(m in each.get(task, ()) for each in results)]
+    width = max(len(f"{task}  {metric}") for task, metric in metrics)
+    others = range(2, len(paths) + 1)
+    print(f"{'':{width}}" + "".join(f"{f'run {i + 1}':>8}" for i in range(len(paths))), end="")
+    print("".join(f"{f'{i} less 1':>28}" for i in others))
+    for task, metric in metrics:
+        entries = [each[task][metric] for each in results]
+        line = f"{f'{task}  {metric}':{width}}" + "".join(f"{entry['value']:8.3f}" for entry in entries)
+        for entry in entries[1:]:
+            value, low, high = difference(entries[0], entry)
+            line += f"{f'{value:+.3f} ({low:+.3f} to {high:+.3f})':>28}"
+        print(line)
+
+
 def evaluate(args):
     """Runs the tasks, prints the table, writes what was asked for."""
     import train  # train imports this module
 
-    args.checkpoint = Path(args.checkpoint) if args.checkpoint else newest_checkpoint()
-    if args.checkpoint.is_dir():
-        args.checkpoint /= "best.pt"
-    run = train.load_checkpoint(args.checkpoint)
-    run.args.device = args.device
-    run.model.to(train.resolve_machine(run.args))
-    specs, records, chosen = chosen_records(args, run)
-    data.check_images(records, run.args.image_size)
-    encoded = encode(run, records, args.skip_bad_images)
-    new = [name for name in args.classes or encoded.findings if name not in run.findings]
-    if new:
-        print(f"note: training had no label {', '.join(new)}")
-
-    results, entries = run_tasks(args, run, encoded, chosen)
-    print(f"{args.checkpoint}, {chosen}, {len(encoded.records)} images")
-    print_table(results)
-    write_results(args.out or args.checkpoint.parent / "results.json", entries)
+    paths = [Path(path) for path in args.compare or [args.checkpoint or newest_checkpoint()]]
+    paths = [path / "best.pt" if path.is_dir() else path for path in paths]
+    runs = [train.load_checkpoint(path) for path in paths]
+    args.data = args.data or runs[0].args.data  # all see the same records
+    specs, records, chosen = chosen_records(args, runs[0])
+    results = []
+    for path, run in zip(paths, runs, strict=True):
+        run.args.device = args.device
+        run.model.to(train.resolve_machine(run.args))
+        data.check_images(records, run.args.image_size)
+        encoded = encode(run, records, args.skip_bad_images)
+        new = [name for name in args.classes or encoded.findings if name not in run.findings]
+        if new:
+            print(f"note: training of {path} had no label {', '.join(new)}")
+        args.checkpoint = path
+        found, entries = run_tasks(args, run, encoded, chosen)
+        results.append(found)
+        print(f"{path}, {chosen}, {len(encoded.records)} images")
+        print_table(found)
+        write_results(args.out or path.parent / "results.json", entries)
     if args.gallery:
         gallery(run, encoded, args.gallery)
+    if len(runs) > 1:
+        print_comparison(paths, runs, results)
     return 0
 
 

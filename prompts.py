@@ -83,6 +83,35 @@ def prompt_set(findings, name, worded=wordings):
     }
 
 
+def variants(findings, template):
+    """The prompts that one could have written instead: each differs from the trained one by one habit (ours).
+
+    Every template with the first and the last wording; the trained prompt in upper case, with a capital, with
+    a full stop or without its own, and in quotes; and "negated", which says the opposite.
+
+    Returns:
+        {variant: {finding: [text]}}, the trained prompt first.
+    """
+    trained = {finding: label_prompt(finding, template) for finding in findings}
+    found = {f"{template}, as trained": trained}
+    for name, text in TEMPLATES.items():
+        for which, habit in ((0, ""), (-1, ", synonym")):
+            if (name, which) != (template, 0):
+                found[name + habit] = {finding: text.format(wordings(finding)[which]) for finding in findings}
+    habits = {
+        "upper case": str.upper,
+        "capital": lambda text: text[0].upper() + text[1:],
+        "other ending": lambda text: text[:-1] if text.endswith(".") else text + ".",
+        "quotes": lambda text: f'"{text}"',
+    }
+    for habit, change in habits.items():
+        texts = {finding: change(text) for finding, text in trained.items()}
+        if texts != trained:
+            found[f"{template}, {habit}"] = texts
+    found["negated"] = {finding: TEMPLATES[template].format(negations(finding)[0]) for finding in findings}
+    return {name: {finding: [text] for finding, text in texts.items()} for name, texts in found.items()}
+
+
 class ContinuousPrompt(nn.Module):
     """[p_1 ... p_M]: learnable vectors in BERT's input embeddings, shared by all findings (paper, CoOp).
 

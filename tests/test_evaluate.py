@@ -261,7 +261,7 @@ def test_unreadable_images_are_refused(run, tmp_path):
 def test_unreadable_images_are_left_out_on_demand(run, tmp_path):
     good = data.load_records(["phantom=16"], "test", 12)
     bad = Record(tmp_path / "bad.png", "Bad.", frozenset({"Edema"}), "1", "test")
-    encoded = encode(run, [*good[:3], bad, *good[3:]], skip_bad_images=True)
+    encoded = encode(run, [*good[:3], bad, *good[3:]], skip_bad_images=1)
     assert encoded.records == good and alike(encoded.report_features, encode(run, good).report_features)
 
 
@@ -737,6 +737,42 @@ def test_results_that_are_no_results_are_kept(assess, tmp_path, capsys):
     (tmp_path / "results.json").write_text("mine")
     assert assess("--task", "retrieval") == 2 and "results.json" in refusal(capsys)
     assert (tmp_path / "results.json").read_text() == "mine"
+
+
+# ----------------------------------------------------------------------------------------------- comparison
+
+
+def paired(one, other):
+    one, other = (evaluate.measured(np.mean, np.array(each), draws=0) for each in (one, other))
+    return evaluate.difference(one, other)
+
+
+def test_the_difference_of_a_run_with_itself_is_nothing():
+    values = np.random.default_rng(0).random(50)
+    assert paired(values, values) == (0, 0, 0)
+
+
+def test_the_same_records_are_drawn_for_both_runs():
+    values = np.random.default_rng(0).random(50)
+    assert paired(values, values + 0.25) == pytest.approx((0.25, 0.25, 0.25))
+
+
+def test_the_interval_of_a_difference_is_that_of_the_mean_difference():
+    one, other = np.random.default_rng(0).random((2, 80))
+    assert paired(one, other)[1:] == pytest.approx(bootstrap_ci(np.mean, other - one))
+
+
+def test_runs_stand_side_by_side_with_the_flags_that_differ(tiny_run, tmp_path, monkeypatch, capsys):
+    shutil.copytree(tiny_run, tmp_path / "other")
+    saved = torch.load(tmp_path / "other" / "best.pt", weights_only=True)
+    saved["args"]["label_mask"] = False
+    saved["model"]["image_projection.weight"].neg_()
+    torch.save(saved, tmp_path / "other" / "best.pt")
+    flags = ["--task", "zero-shot", "--limit", "20", "--out", str(tmp_path / "results.json")]
+    assert evaluate.main(["--compare", str(tiny_run), str(tmp_path / "other"), *flags]) == 0
+    table = capsys.readouterr().out.partition("run 1:")[2]
+    assert "--label-mask: True | False" in table and "--seed" not in table
+    assert "2 less 1" in table and "zero-shot  AUROC mean" in table
 
 
 # -------------------------------------------------------------------------------------------------- gallery
