@@ -1719,10 +1719,11 @@ def phantom(root, split):
             present = {PHANTOM_FINDINGS[i % len(PHANTOM_FINDINGS)]}
         image, drawn = draw_phantom(rng, present, size)
         report = write_report(rng, drawn) if split != "train" or i % 2 else None
+        boxes = tuple(drawn[finding].box for finding in present) if len(present) == 1 else ()
         present = frozenset(present or {NO_FINDING})
         absent = frozenset({*PHANTOM_FINDINGS, NO_FINDING} - present)
         id = f"{split}-{i}"
-        records.append(Record(image, report, present, id, "phantom", absent, id=id))
+        records.append(Record(image, report, present, id, "phantom", absent, id=id, boxes=boxes))
     return records
 
 

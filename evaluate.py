@@ -735,6 +735,127 @@ def false_negatives(run, encoded, *, pairs_of=2000, draws=1000):
     return results
 
 
+@torch.no_grad()
+def similarity_maps(run, records, text_features):
+    """How much each cell of the last Swin map speaks for a text: cells whose mean is the cosine.
+
+    The tower's feature is the mean over the cells and the projection is linear, so the cosine is the mean of
+    the cells' own products with the text, each divided by the length of the image's feature.
+
+    Args:
+        records: N. text_features: (N, D) float32, unit length, one text for each record.
+
+    Returns:
+        (N, S, S) float32
+    """
+    run.model.eval()
+    args, cells, maps = run.args, [], []
+    tap = run.model.image_encoder.norm.register_forward_hook(lambda *found: cells.append(found[2]))
+    transform = data.evaluation_transform(args.image_size)
+    for i in range(0, len(records), args.batch_size):
+        images = torch.stack([transform(data.read_image(r.image)) for r in records[i : i + args.batch_size]])
+        images = data.normalise(images.to(run.device))
+        with run.autocast():
+            pooled = run.model.image_encoder(images)
+            of_cells = run.model.image_projection(cells.pop()).float()  # (B, S², D)
+            length = run.model.image_projection(pooled).float().norm(dim=-1)
+        texts = torch.as_tensor(text_features[i : i + args.batch_size]).to(run.device)
+        maps.append((of_cells @ texts[:, :, None])[..., 0] / length[:, None])
+    tap.remove()
+    maps = torch.cat(maps).cpu()
+    side = int(maps.shape[1] ** 0.5)
+    by_rows = umcl.window_order(side, min(args.window_size, side)).argsort()  # tokens lie window by window
+    return maps[:, by_rows].view(-1, side, side).numpy()
+
+
+def boxed(run, encoded, prompt_set):
+    """Records with boxes and exactly one finding, one feature of that finding's prompts each."""
+    records = [record for record in encoded.records if record.boxes and len(record.findings) == 1]
+    names = sorted({name for record in records for name in record.findings})
+    if not names:
+        return [], None
+    features = encode_findings(run, read_prompts(prompt_set or run.args.template, names)[0])
+    means = np.stack([each.mean(0) / np.linalg.norm(each.mean(0)) for each in features])
+    return records, means[[names.index(*record.findings) for record in records]]
+
+
+def cells_inside(boxes, side):
+    """(S, S) bool, True where the cell's centre is in one of the boxes, in fractions of a square image."""
+    centres = (np.arange(side) + 0.5) / side
+    inside = np.zeros((side, side), dtype=bool)
+    for left, top, right, bottom in boxes:
+        inside |= ((top <= centres) & (centres < bottom))[:, None] & ((left <= centres) & (centres < right))
+    return inside
+
+
+def pointing_game(run, encoded, *, prompt_set=None, draws=1000):
+    """How often the cell that speaks most for an image's finding lies in the finding's box.
+
+    Over the square images with exactly one finding and its box; chance is a blind choice of a cell, the mean
+    share of cells in the box. "another's map" takes the hottest cell of another image with the same finding:
+    what the pointing has more than that is seen in the image itself and is not the finding's usual place.
+    """
+    records, texts = boxed(run, encoded, prompt_set)
+    if not records:
+        return {}
+    maps = similarity_maps(run, records, texts)
+    inside = np.stack([cells_inside(record.boxes, maps.shape[1]) for record in records]).reshape(
+        len(maps), -1
+    )
+    hottest, rows = maps.reshape(len(maps), -1).argmax(1), np.arange(len(maps))
+    finding = np.array(["".join(record.findings) for record in records])
+    another = hottest.copy()
+    for name in set(finding.tolist()):
+        another[finding == name] = np.roll(hottest[finding == name], 1)
+    results = {}
+    for name, cell in (("all", hottest), ("another's map", another)):
+        results[name] = measured(np.mean, inside[rows, cell], chance=inside.mean(), draws=draws)
+    for name in sorted(set(finding.tolist())):
+        of = finding == name
+        right = inside[rows, hottest][of]
+        results[name] = measured(np.mean, right, chance=inside[of].mean(), draws=draws)
+    return results
+
+
+def heatmap(run, encoded, path, prompt_set=None, each=2):
+    """A picture of images with boxes beside their similarity maps, red where most speaks for the finding."""
+    records, texts = boxed(run, encoded, prompt_set)
+    if not records:
+        raise BadInput("--heatmap needs images with one finding and its box, and these data have none")
+    of_finding = {}
+    for row, record in enumerate(records):
+        of_finding.setdefault(*record.findings, []).append(row)
+    rows = [row for name in sorted(of_finding) for row in of_finding[name][:each]]
+    side, font, tiles = 224, ImageFont.load_default(13), []
+    for row, cells in zip(rows, similarity_maps(run, [records[r] for r in rows], texts[rows]), strict=True):
+        grey = data.read_image(records[row].image).resize((side, side)).convert("RGB")
+        heat = Image.fromarray((255 * (cells - cells.min()) / np.ptp(cells).clip(1e-9)).astype(np.uint8))
+        red = Image.composite(
+            Image.new("RGB", (side, side), "red"), grey, heat.resize((side, side)).point(lambda v: v // 2)
+        )
+        for picture, title in (
+            (grey, "".join(records[row].findings)),
+            (red, "what speaks for it, and its box"),
+        ):
+            tile = Image.new("RGB", (side, side + 22), "white")
+            tile.paste(picture, (0, 22))
+            draw = ImageDraw.Draw(tile)
+            draw.text((4, 3), title, "black", font)
+            if picture is red:
+                for left, top, right, bottom in records[row].boxes:
+                    box = [left * side, top * side + 22, right * side - 1, bottom * side + 21]
+                    draw.rectangle(box, outline="yellow", width=2)
+            tiles.append(tile)
+    save_grid(tiles, 2 * each, path)
+
+
+def save_grid(tiles, columns, path):
+    """Pillow images of one size -> one picture."""
+    tiles = torch.stack([torchvision.transforms.functional.pil_to_tensor(tile) for tile in tiles])
+    grid = torchvision.utils.make_grid(tiles, nrow=columns, pad_value=255)
+    torchvision.transforms.functional.to_pil_image(grid).save(path)
+
+
 TASKS = {
     "zero-shot": zero_shot,
     "retrieval": retrieval,
@@ -742,6 +863,7 @@ TASKS = {
     "prompt-sensitivity": prompt_sensitivity,
     "prompt-words": prompt_words,
     "false-negatives": false_negatives,
+    "pointing-game": pointing_game,
 }
 NEEDS = {
     "zero-shot": "labels of two classes",
@@ -750,6 +872,7 @@ NEEDS = {
     "prompt-sensitivity": "images with exactly one of two classes",
     "prompt-words": "reports of images with exactly one finding",
     "false-negatives": "two reports with labels",
+    "pointing-game": "images with one finding and its box",
 }
 
 
@@ -786,9 +909,7 @@ def gallery(run, encoded, path, rows=4, columns=3):
             lines = [title, ", ".join(sorted(found.findings)), "", *textwrap.wrap(found.report, 31)]
             draw.multiline_text((8, 6), "\n".join(lines[:14]), "black", font)
             tiles.append(tile)
-    tiles = torch.stack([torchvision.transforms.functional.pil_to_tensor(tile) for tile in tiles])
-    grid = torchvision.utils.make_grid(tiles, nrow=1 + columns, pad_value=255)
-    torchvision.transforms.functional.to_pil_image(grid).save(path)
+    save_grid(tiles, 1 + columns, path)
 
 
 # ------------------------------------------------------------------------------------------------- program
@@ -874,6 +995,7 @@ def build_parser():
     p.add_argument("--repeats", type=int, default=5, help="draws of each of them but 100")
     p.add_argument("--out", metavar="FILE.json", help="results; default results.json in the run's folder")
     p.add_argument("--gallery", metavar="FILE.png", help="draw images and the reports they retrieve")
+    p.add_argument("--heatmap", metavar="FILE.png", help="draw where in the image the label prompt is found")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     p.add_argument("--skip-bad-images", type=int, default=0, metavar="N",
                    help="leave out up to N unreadable images")
@@ -1010,6 +1132,8 @@ def evaluate(args):
         write_results(args.out or path.parent / "results.json", entries)
     if args.gallery:
         gallery(run, encoded, args.gallery)
+    if args.heatmap:
+        heatmap(run, encoded, args.heatmap, args.prompt_set)
     if len(runs) > 1:
         print_comparison(paths, runs, results)
     return 0

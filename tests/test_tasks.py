@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import evaluate
@@ -254,7 +255,91 @@ def test_the_number_of_pairs_is_what_training_removes(tiny_run, examined):
     assert entry["value"] == pytest.approx(8 * 7 * 5 / 29)
 
 
-@pytest.mark.parametrize("task", ["linear-probe", "prompt-sensitivity", "prompt-words", "false-negatives"])
+# ------------------------------------------------------------------------------------------ place of a finding
+
+
+def test_the_cosine_is_the_mean_over_the_cells(run):
+    records = data.load_records(["phantom=16"], "test", 20)
+    encoded = evaluate.encode(run, records)
+    maps = evaluate.similarity_maps(run, records, encoded.report_features)
+    cosine = (encoded.image_features * encoded.report_features).sum(1)
+    assert np.allclose(maps.mean((1, 2)), cosine, atol=1e-5)
+
+
+def test_cells_lie_where_the_image_has_them(options):
+    """Where a part of an image changes, with no attention between windows and no mixing, so does its cell."""
+    run = train.new_run(
+        options("--window-size", "2", "--image-size", "32", "--swin-depths", "0", "0"), reporting()
+    )
+    bright = np.zeros((32, 32), np.uint8)
+    bright[8:16, 24:] = 255  # of 4 x 4 cells the second from above, the last
+    records = [
+        Record(image, "A.", frozenset({"A"}), "1", "test") for image in (np.zeros_like(bright), bright)
+    ]
+    one, other = evaluate.similarity_maps(run, records, np.ones((2, run.args.embed_dim), np.float32))
+    ratio = np.divide(one, other)  # the image's length divides all cells alike
+    odd = np.abs(ratio - np.median(ratio)) > 1e-3
+    assert odd.sum() == 1 and odd[1, 3]
+
+
+def reporting():
+    return records_of("A", "B", report="A report of A and B.")
+
+
+def test_cells_are_inside_by_their_centre():
+    inside = evaluate.cells_inside([(0.0, 0.5, 0.3, 1.0)], 4)  # left half less a bit, lower half
+    assert inside.tolist() == [
+        [False] * 4,
+        [False] * 4,
+        [True, False, False, False],
+        [True, False, False, False],
+    ]
+
+
+def test_pointing_is_scored_by_hand(run, monkeypatch):
+    """The map of the first image is hottest within its box, that of the second is not."""
+    records = [
+        Record(np.zeros((16, 16), np.uint8), None, frozenset({"Edema"}), str(i), "test", boxes=(box,))
+        for i, box in enumerate([(0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1)])
+    ]
+    maps = np.zeros((2, 2, 2))
+    maps[:, 0, 0] = 1
+    monkeypatch.setattr(evaluate, "similarity_maps", lambda *_: maps)
+    results = evaluate.pointing_game(run, features(records, np.eye(3)[:2]), draws=0)
+    assert results["all"]["value"] == 0.5 and results["all"]["chance"] == 0.25
+    assert results.keys() == {"all", "another's map", "Edema"}
+
+
+def test_phantoms_with_one_finding_have_its_box():
+    for record in data.load_records(["phantom=16"], "test", 20):
+        ((left, top, right, bottom),) = record.boxes
+        assert 0 <= left < right <= 1 and 0 <= top < bottom <= 1
+
+
+def test_a_heatmap_is_drawn_on_demand(tiny_run, tmp_path):
+    flags = ["--task", "pointing-game", "--limit", "10", "--heatmap", str(tmp_path / "heat.png")]
+    assert evaluate.main(["--checkpoint", str(tiny_run), *flags, "--out", str(tmp_path / "r.json")]) == 0
+    colours = {colour for _, colour in Image.open(tmp_path / "heat.png").getcolors(1 << 24)}
+    assert (255, 255, 0) in colours  # the frame of a box
+
+
+def test_a_heatmap_without_boxes_is_refused(tiny_run, chests, tmp_path, capsys):
+    flags = [
+        "--data",
+        f"nih-chestxray14={chests}",
+        "--task",
+        "zero-shot",
+        "--heatmap",
+        str(tmp_path / "h.png"),
+    ]
+    assert evaluate.main(["--checkpoint", str(tiny_run), *flags, "--out", str(tmp_path / "r.json")]) == 2
+    assert "box" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("task", list(evaluate.TASKS))
 def test_a_task_without_its_data_is_refused(tiny_run, task, tmp_path, monkeypatch, capsys):
     bare = [Record(np.zeros((8, 8), np.uint8), None, frozenset(), "1", "bare", id="1")]
     monkeypatch.setitem(data.DATASETS, "bare", lambda root, split: bare)
