@@ -1,21 +1,28 @@
-"""Evaluates a trained run: zero-shot classification and retrieval, with intervals and chance levels.
+"""Evaluates a trained run, task by task, with intervals and chance levels.
 
-    python evaluate.py                                      the newest run, all tasks, on its own test split
+    python evaluate.py                                      zero-shot and retrieval of the newest run
     python evaluate.py --task retrieval --gallery out.png   and a picture of what was retrieved
+    python evaluate.py --task linear-probe prompt-sensitivity prompt-words false-negatives
+    python evaluate.py --task pointing-game --heatmap out.png
+    python evaluate.py --compare runs/umcl runs/umcl-no-label-mask
     python evaluate.py --task zero-shot --data nih-chestxray14=FOLDER covid-chestxray=FOLDER \\
         --classes COVID-19 "No Finding"                     these two against each other
 
-Similarity is the cosine of unit-length features. No score depends on what else is in the test set.
+Similarity is the cosine of unit-length features. No score depends on what else is in the test set. Results go
+to RUN/results.json, an entry for each task, data set and prompt set; it holds no report.
 """
 
 import argparse
+import copy
 import inspect
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -514,6 +521,14 @@ def other_splits(encoded, load):
         yield kept
 
 
+def validation_labels(records, findings):
+    """Present and known, (N, C) bool each, of records that can tell the better of two classifiers."""
+    present, absent = (each.numpy() for each in data.label_matrices(records, findings))
+    if not (present.any(0) & absent.any(0)).any():
+        raise BadInput("no evaluated finding is both present and absent in the valid split, to choose by")
+    return present, present | absent
+
+
 def transfer(encoded, percent, scores, draws):
     """Entries of a classifier trained several times: (N, C, T) scores of T draws of its training records.
 
@@ -588,7 +603,7 @@ def linear_probe(run, encoded, *, load, fractions=(1, 10, 100), repeats=5, draws
     findings, results = encoded.findings, {}
     row_of = {id(record): row for row, record in enumerate(train.records)}
     labels = data.label_matrices(train.records, findings)
-    present, absent = (each.numpy() for each in data.label_matrices(valid.records, findings))
+    present, known = validation_labels(valid.records, findings)
     for percent in fractions:
         scores = []
         for repeat in range(1 if percent == 100 else repeats):
@@ -601,10 +616,90 @@ def linear_probe(run, encoded, *, load, fractions=(1, 10, 100), repeats=5, draws
             best = -1.0
             for penalty in PENALTIES:
                 weight = logistic_regression(of_train, *(each[rows] for each in labels), penalty)
-                fits = mean_auroc((of_valid @ weight[:-1]).numpy(), present, present | absent)
+                fits = mean_auroc((of_valid @ weight[:-1]).numpy(), present, known)
                 if fits > best:
                     best, kept = fits, (of_test @ weight[:-1] + weight[-1]).numpy()
             scores.append(kept)
+        results |= transfer(encoded, percent, np.stack(scores, axis=2), draws)
+    return results
+
+
+STEPS, PATIENCE, LOOKS = 20, 5, 40  # of fine_tuned, all ours
+FINE_TUNE_LR = 1e-4
+
+
+@torch.no_grad()
+def tower_scores(run, tower, records):
+    """(N, C) float32, in evaluation mode; every image must be readable."""
+    tower.eval()
+    transform, found = data.evaluation_transform(run.args.image_size), []
+    for i in range(0, len(records), run.args.batch_size):
+        images = [transform(data.read_image(r.image)) for r in records[i : i + run.args.batch_size]]
+        images = data.normalise(torch.stack(images).to(run.device))
+        with run.autocast():
+            found.append(tower(images).float().cpu())
+    return torch.cat(found).numpy()
+
+
+def fine_tuned(run, records, valid, findings, seed):
+    """A copy of the image tower with a linear head, trained on records: images -> (B, C) scores.
+
+    After every pass, or STEPS steps where that is more, the mean AUROC on the validation records is looked
+    at; the best weights are kept, and PATIENCE looks without a better one end the training, as LOOKS do.
+    """
+    torch.manual_seed(seed)
+    head = torch.nn.Linear(run.model.image_encoder.num_features, len(findings))
+    tower = torch.nn.Sequential(copy.deepcopy(run.model.image_encoder), head.to(run.device))
+    optimizer = torch.optim.AdamW(tower.parameters(), lr=FINE_TUNE_LR, weight_decay=run.args.weight_decay)
+    loader = torch.utils.data.DataLoader(
+        data.Images(records, data.training_transform(run.args.image_size, run.args.horizontal_flip)),
+        run.args.batch_size,
+        shuffle=True,
+        collate_fn=data.Collate(records, findings, None, run.tokenizer, run.args.max_length),
+        num_workers=run.args.workers,
+        persistent_workers=run.args.workers > 0,
+    )
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+    present, known_valid = validation_labels(valid, findings)
+    best, since = -1.0, 0
+    for _ in range(LOOKS):
+        tower.train()
+        for batch in itertools.islice(batches, max(STEPS, len(loader))):
+            data.refuse_unreadable(batch.unreadable, 0)  # they were read before
+            batch = data.to_device(batch, run.device)
+            known = (batch.present | batch.absent).float()
+            if not known.any():
+                continue
+            with run.autocast():
+                scores = tower(data.normalise(batch.images))
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(
+                scores.float(), batch.present.float(), known, reduction="sum"
+            )
+            optimizer.zero_grad()
+            (loss / known.sum()).backward()
+            optimizer.step()
+        fits = mean_auroc(tower_scores(run, tower, valid), present, known_valid)
+        if fits > best:
+            best, since, kept = fits, 0, copy.deepcopy(tower.state_dict())
+        else:
+            since += 1
+        if since == PATIENCE:
+            break
+    tower.load_state_dict(kept)
+    return tower
+
+
+def fine_tune(run, encoded, *, load, fractions=(1, 10, 100), repeats=5, draws=1000):
+    """As linear_probe, but the whole image tower is trained on, see fine_tuned."""
+    splits = ([replace(record, report=None) for record in records] for records in other_splits(encoded, load))
+    train, valid = (encode(run, records, run.args.skip_bad_images).records for records in splits)
+    results = {}
+    for percent in fractions:
+        scores = []
+        for repeat in range(1 if percent == 100 else repeats):
+            records = drawn_by_patient(train, percent, repeat)
+            tower = fine_tuned(run, records, valid, encoded.findings, repeat)
+            scores.append(tower_scores(run, tower, encoded.records))
         results |= transfer(encoded, percent, np.stack(scores, axis=2), draws)
     return results
 
@@ -753,8 +848,8 @@ def similarity_maps(run, records, text_features):
     tap = run.model.image_encoder.norm.register_forward_hook(lambda *found: cells.append(found[2]))
     transform = data.evaluation_transform(args.image_size)
     for i in range(0, len(records), args.batch_size):
-        images = torch.stack([transform(data.read_image(r.image)) for r in records[i : i + args.batch_size]])
-        images = data.normalise(images.to(run.device))
+        images = [transform(data.read_image(r.image)) for r in records[i : i + args.batch_size]]
+        images = data.normalise(torch.stack(images).to(run.device))
         with run.autocast():
             pooled = run.model.image_encoder(images)
             of_cells = run.model.image_projection(cells.pop()).float()  # (B, S², D)
@@ -860,6 +955,7 @@ TASKS = {
     "zero-shot": zero_shot,
     "retrieval": retrieval,
     "linear-probe": linear_probe,
+    "fine-tune": fine_tune,
     "prompt-sensitivity": prompt_sensitivity,
     "prompt-words": prompt_words,
     "false-negatives": false_negatives,
@@ -868,7 +964,8 @@ TASKS = {
 NEEDS = {
     "zero-shot": "labels of two classes",
     "retrieval": "reports",
-    "linear-probe": "labels",
+    "linear-probe": "labels of two classes",
+    "fine-tune": "labels of two classes",
     "prompt-sensitivity": "images with exactly one of two classes",
     "prompt-words": "reports of images with exactly one finding",
     "false-negatives": "two reports with labels",
@@ -991,7 +1088,7 @@ def build_parser():
     p.add_argument("--sentences-from", nargs="+", metavar="NAME[=ROOT]",
                    help="data sets whose reports have these sentences; default the evaluated ones")
     p.add_argument("--fractions", type=float, nargs="+", default=(1, 10, 100), metavar="PERCENT",
-                   help="of the training patients, for linear-probe")
+                   help="of the training patients, for linear-probe and fine-tune")
     p.add_argument("--repeats", type=int, default=5, help="draws of each of them but 100")
     p.add_argument("--out", metavar="FILE.json", help="results; default results.json in the run's folder")
     p.add_argument("--gallery", metavar="FILE.png", help="draw images and the reports they retrieve")

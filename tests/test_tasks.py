@@ -1,6 +1,7 @@
 """The tasks of evaluate.py that look into a run: transfer, wording, continuous prompt, label mask."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import evaluate
 import prompts
 import train
 from data import Record
-from evaluate import drawn_by_patient, logistic_regression
+from evaluate import drawn_by_patient, fine_tuned, logistic_regression
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +116,12 @@ def test_without_a_training_record_it_says_so():
         list(evaluate.other_splits(features(records, np.eye(3)[:1]), lambda split: records))
 
 
+def test_a_validation_split_that_cannot_choose_is_refused(run):
+    records = records_of("A", "A")
+    with pytest.raises(data.BadInput, match="valid"):
+        evaluate.validation_labels(records, ["A"])
+
+
 def test_transfer_is_the_mean_over_the_draws():
     encoded = features(records_of("A", "B", "C"), np.eye(3))
     scores = np.stack([np.eye(3), np.roll(np.eye(3), 1, axis=1)], axis=2)  # all right, all wrong
@@ -149,6 +156,36 @@ def test_the_probe_names_its_fractions(examined):
         f"{percent} % {metric}" for percent in (10, 100) for metric in ("accuracy", "AUROC mean")
     }
     assert [entry["trained"] for entry in examined["linear-probe"].values()] == [2, 2, 1, 1]
+
+
+def test_fine_tuning_learns_what_the_labels_say(run):
+    """Bright or dark: of each kind twenty training images."""
+    labels = np.arange(60) % 2
+    records = [
+        replace(record, image=np.full((16, 16), 40 + 160 * label, np.uint8))
+        for record, label in zip(records_of(*("AB"[label] for label in labels)), labels, strict=True)
+    ]
+    encoded, splits = evaluate.encode(run, records[40:]), {"train": records[:30], "valid": records[30:40]}
+    results = evaluate.fine_tune(run, encoded, load=splits.get, fractions=(100,), draws=0)
+    assert results["100 % accuracy"]["value"] == 1
+
+
+def test_fine_tuning_leaves_the_run_as_it_was(run):
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    records = data.load_records(["phantom=16"], "test", 20)
+    fine_tuned(run, records, records, data.vocabulary(records), seed=0)
+    assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
+
+
+def test_fine_tuning_keeps_the_weights_that_were_best_on_the_validation_records(run, monkeypatch):
+    records, looks = data.load_records(["phantom=16"], "test", 20), iter([0.5, 0.7, *[0.6] * 9])
+    seen = []
+    monkeypatch.setattr(
+        evaluate, "tower_scores", lambda run, tower, records: seen.append(tower[1].weight.clone())
+    )
+    monkeypatch.setattr(evaluate, "mean_auroc", lambda *_: next(looks))
+    tower = fine_tuned(run, records, records, data.vocabulary(records), seed=0)
+    assert torch.equal(tower[1].weight, seen[1]) and len(seen) == 2 + evaluate.PATIENCE
 
 
 # -------------------------------------------------------------------------------------------------- wording
@@ -255,7 +292,7 @@ def test_the_number_of_pairs_is_what_training_removes(tiny_run, examined):
     assert entry["value"] == pytest.approx(8 * 7 * 5 / 29)
 
 
-# ------------------------------------------------------------------------------------------ place of a finding
+# ----------------------------------------------------------------------------------------- place of a finding
 
 
 def test_the_cosine_is_the_mean_over_the_cells(run):
