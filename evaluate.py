@@ -230,18 +230,18 @@ def encode(run, records, skip_bad_images=0):
     rows, report_rows, report_labels, unreadable = [], [], [], []
     image_features, report_features, pooled = [], [], []
     tap = run.model.image_projection.register_forward_pre_hook(lambda _, x: pooled.append(x[0].float().cpu()))
-    for batch in loader:
-        unreadable += batch.unreadable
-        data.refuse_unreadable(unreadable, skip_bad_images)
-        report_rows.append(sum(map(len, rows)) + batch.report_rows)
-        report_labels.append(batch.report_labels)
-        rows.append(batch.rows)
-        batch = data.to_device(batch, run.device)
-        with run.autocast():
-            if len(batch.rows):
-                image_features.append(run.model.encode_image(data.normalise(batch.images)))
-            report_features += [run.model.encode_text(*piece) for piece in batch.reports]
-    tap.remove()
+    with tap:
+        for batch in loader:
+            unreadable += batch.unreadable
+            data.refuse_unreadable(unreadable, skip_bad_images)
+            report_rows.append(sum(map(len, rows)) + batch.report_rows)
+            report_labels.append(batch.report_labels)
+            rows.append(batch.rows)
+            batch = data.to_device(batch, run.device)
+            with run.autocast():
+                if len(batch.rows):
+                    image_features.append(run.model.encode_image(data.normalise(batch.images)))
+                report_features += [run.model.encode_text(*piece) for piece in batch.reports]
     rows, report_rows = torch.cat(rows), torch.cat(report_rows)
     if not len(rows):
         raise BadInput("none of the images can be read")
@@ -334,6 +334,15 @@ def combined(image_features, prompt_features, combine):
     return image_features @ means.T
 
 
+def chosen_classes(encoded, classes):
+    """Names, None for all findings of the records -> (names, their columns)."""
+    classes = classes or encoded.findings
+    unknown = [name for name in classes if name not in encoded.findings]
+    if unknown:
+        raise BadInput(f"no image of this data has {unknown[0]!r}; it has {', '.join(encoded.findings)}")
+    return classes, [encoded.findings.index(name) for name in classes]
+
+
 def zero_shot(run, encoded, *, prompt_set=None, combine="mean-embedding", classes=None, draws=1000):
     """Classification by label prompts (paper).
 
@@ -349,13 +358,9 @@ def zero_shot(run, encoded, *, prompt_set=None, combine="mean-embedding", classe
     Returns:
         {metric: entry as measured makes it}; nothing where no two classes can be told apart.
     """
-    classes = classes or encoded.findings
-    unknown = [name for name in classes if name not in encoded.findings]
-    if unknown:
-        raise BadInput(f"no image of this data has {unknown[0]!r}; it has {', '.join(encoded.findings)}")
+    classes, columns = chosen_classes(encoded, classes)
     if not classes:
         return {}
-    columns = [encoded.findings.index(name) for name in classes]
     present, absent = encoded.present[:, columns], encoded.absent[:, columns]
     positive, negative = read_prompts(prompt_set or run.args.template, classes)
     features = encode_findings(run, positive)
@@ -712,8 +717,8 @@ def prompt_sensitivity(run, encoded, *, classes=None, draws=1000):
     say the opposite, so they stay out of these three, and the better the model understands "no" the further
     below chance they are.
     """
-    classes = [name for name in classes or encoded.findings if name in encoded.findings]
-    present = encoded.present[:, [encoded.findings.index(name) for name in classes]]
+    classes, columns = chosen_classes(encoded, classes)
+    present = encoded.present[:, columns]
     single = present.sum(1) == 1
     if len(classes) < 2 or not single.any():
         return {}
@@ -845,18 +850,17 @@ def similarity_maps(run, records, text_features):
     """
     run.model.eval()
     args, cells, maps = run.args, [], []
-    tap = run.model.image_encoder.norm.register_forward_hook(lambda *found: cells.append(found[2]))
     transform = data.evaluation_transform(args.image_size)
-    for i in range(0, len(records), args.batch_size):
-        images = [transform(data.read_image(r.image)) for r in records[i : i + args.batch_size]]
-        images = data.normalise(torch.stack(images).to(run.device))
-        with run.autocast():
-            pooled = run.model.image_encoder(images)
-            of_cells = run.model.image_projection(cells.pop()).float()  # (B, S², D)
-            length = run.model.image_projection(pooled).float().norm(dim=-1)
-        texts = torch.as_tensor(text_features[i : i + args.batch_size]).to(run.device)
-        maps.append((of_cells @ texts[:, :, None])[..., 0] / length[:, None])
-    tap.remove()
+    with run.model.image_encoder.norm.register_forward_hook(lambda *found: cells.append(found[2])):
+        for i in range(0, len(records), args.batch_size):
+            images = [transform(data.read_image(r.image)) for r in records[i : i + args.batch_size]]
+            images = data.normalise(torch.stack(images).to(run.device))
+            with run.autocast():
+                pooled = run.model.image_encoder(images)
+                of_cells = run.model.image_projection(cells.pop()).float()  # (B, S², D)
+                length = run.model.image_projection(pooled).float().norm(dim=-1)
+            texts = torch.as_tensor(text_features[i : i + args.batch_size]).to(run.device)
+            maps.append((of_cells @ texts[:, :, None])[..., 0] / length[:, None])
     maps = torch.cat(maps).cpu()
     side = int(maps.shape[1] ** 0.5)
     by_rows = umcl.window_order(side, min(args.window_size, side)).argsort()  # tokens lie window by window
@@ -1134,7 +1138,7 @@ def run_tasks(args, run, encoded, chosen):
         "commit": commit(),
         "versions": {m.__name__: m.__version__ for m in (np, torch, torchvision, transformers)},
     }
-    results, entries = {}, {}
+    results, entries, of_run = {}, {}, "/".join(args.checkpoint.parts[-2:])
     settings = {"views": run.args.views, "uncertain": run.args.uncertain}
     given = {
         **vars(args),
@@ -1155,7 +1159,7 @@ def run_tasks(args, run, encoded, chosen):
             for metric, entry in results[task].items()
         }
         told = {k: value for k, value in options.items() if k not in ("split", "load") and value is not None}
-        name = ", ".join([task, args.checkpoint.name, chosen, *(f"{k} {v}" for k, v in told.items())])
+        name = ", ".join([task, of_run, chosen, *(f"{k} {v}" for k, v in told.items())])
         entries[name] = {"task": task, "options": told, **known, "metrics": metrics}
         if "prompt_set" in told:
             classes = args.classes or encoded.findings

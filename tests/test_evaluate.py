@@ -652,8 +652,9 @@ def test_without_a_run_it_says_how_to_make_one(tmp_path, monkeypatch, capsys):
     assert evaluate.main([]) == 2 and "train.py" in refusal(capsys)
 
 
-def test_an_unknown_class_is_answered_with_those_there(assess, capsys):
-    assert assess("--classes", "Edema", "Gout") == 2
+@pytest.mark.parametrize("task", ["zero-shot", "prompt-sensitivity"])
+def test_an_unknown_class_is_answered_with_those_there(assess, capsys, task):
+    assert assess("--task", task, "--classes", "Edema", "Gout") == 2
     sentence = refusal(capsys)
     assert "'Gout'" in sentence and all(name in sentence for name in data.PHANTOM_FINDINGS)
 
@@ -773,6 +774,7 @@ def test_runs_stand_side_by_side_with_the_flags_that_differ(tiny_run, tmp_path, 
     table = capsys.readouterr().out.partition("run 1:")[2]
     assert "--label-mask: True | False" in table and "--seed" not in table
     assert "2 less 1" in table and "zero-shot  AUROC mean" in table
+    assert len(json.loads((tmp_path / "results.json").read_text())) == 2
 
 
 # -------------------------------------------------------------------------------------------------- gallery
