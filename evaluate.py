@@ -594,7 +594,7 @@ def logistic_regression(features, present, absent, penalty, steps=100):
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
-def linear_probe(run, encoded, *, load, fractions=(1, 10, 100), repeats=5, draws=1000):
+def linear_probe(run, encoded, *, load, fractions=(1, 10, 100), repeats=5, skip_bad_images=0, draws=1000):
     """How much a linear classifier reads off the frozen image tower, from shares of the training patients.
 
     Features before the projection, standardised by the training records; one logistic regression for each
@@ -603,8 +603,9 @@ def linear_probe(run, encoded, *, load, fractions=(1, 10, 100), repeats=5, draws
 
     Args:
         load: split -> records. fractions: percent of the training patients. repeats: draws of each but 100.
+        skip_bad_images: how many unreadable images of each split are left out.
     """
-    train, valid = (encode(run, records, run.args.skip_bad_images) for records in other_splits(encoded, load))
+    train, valid = (encode(run, records, skip_bad_images) for records in other_splits(encoded, load))
     findings, results = encoded.findings, {}
     row_of = {id(record): row for row, record in enumerate(train.records)}
     labels = data.label_matrices(train.records, findings)
@@ -694,10 +695,10 @@ def fine_tuned(run, records, valid, findings, seed):
     return tower
 
 
-def fine_tune(run, encoded, *, load, fractions=(1, 10, 100), repeats=5, draws=1000):
+def fine_tune(run, encoded, *, load, fractions=(1, 10, 100), repeats=5, skip_bad_images=0, draws=1000):
     """As linear_probe, but the whole image tower is trained on, see fine_tuned."""
     splits = ([replace(record, report=None) for record in records] for records in other_splits(encoded, load))
-    train, valid = (encode(run, records, run.args.skip_bad_images).records for records in splits)
+    train, valid = (encode(run, records, skip_bad_images).records for records in splits)
     results = {}
     for percent in fractions:
         scores = []
@@ -1069,6 +1070,20 @@ def write_results(path, entries):
     os.replace(temporary, path)
 
 
+def positive(text):
+    """A whole number above 0, or argparse's ValueError."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def percent(text):
+    """Above 0 and at most 100, or argparse's ValueError."""
+    if not 0 < float(text) <= 100:
+        raise ValueError
+    return float(text)
+
+
 # fmt: off
 def build_parser():
     p = argparse.ArgumentParser(description="Evaluate a run of train.py.", allow_abbrev=False)
@@ -1078,7 +1093,7 @@ def build_parser():
     c.add_argument("--compare", nargs="+", metavar="RUN", help="several, side by side on the same records")
     p.add_argument("--data", nargs="+", metavar="NAME[=ROOT]", help="default: what the run was trained on")
     p.add_argument("--split", choices=data.SPLITS, default="test")
-    p.add_argument("--limit", type=int, help="only the first N records of each data set")
+    p.add_argument("--limit", type=positive, help="only the first N records of each data set")
     p.add_argument("--ids", metavar="FILE", help="exactly the images of this list of `data.py protocol`")
     p.add_argument("--classes", nargs="+", help='zero-shot between these, such as COVID-19 "No Finding"')
     s = p.add_mutually_exclusive_group()
@@ -1087,13 +1102,13 @@ def build_parser():
     s.add_argument("--prompts", dest="prompt_set", metavar="FILE.json",
                    help="or your own, {finding: [text, ...]}; evaluate.py::read_prompts")
     p.add_argument("--combine", choices=COMBINE, default=COMBINE[0], help="several prompts of a finding")
-    p.add_argument("--sentences", type=int, metavar="K",
+    p.add_argument("--sentences", type=positive, metavar="K",
                    help="retrieve among K sentences of each finding, by a seed, not the images' reports")
     p.add_argument("--sentences-from", nargs="+", metavar="NAME[=ROOT]",
                    help="data sets whose reports have these sentences; default the evaluated ones")
-    p.add_argument("--fractions", type=float, nargs="+", default=(1, 10, 100), metavar="PERCENT",
+    p.add_argument("--fractions", type=percent, nargs="+", default=(1, 10, 100), metavar="PERCENT",
                    help="of the training patients, for linear-probe and fine-tune")
-    p.add_argument("--repeats", type=int, default=5, help="draws of each of them but 100")
+    p.add_argument("--repeats", type=positive, default=5, help="draws of each of them but 100")
     p.add_argument("--out", metavar="FILE.json", help="results; default results.json in the run's folder")
     p.add_argument("--gallery", metavar="FILE.png", help="draw images and the reports they retrieve")
     p.add_argument("--heatmap", metavar="FILE.png", help="draw where in the image the label prompt is found")
@@ -1158,7 +1173,8 @@ def run_tasks(args, run, encoded, chosen):
             metric: {key: value for key, value in entry.items() if key != "of"}
             for metric, entry in results[task].items()
         }
-        told = {k: value for k, value in options.items() if k not in ("split", "load") and value is not None}
+        apart = ("split", "load", "skip_bad_images")
+        told = {k: value for k, value in options.items() if k not in apart and value is not None}
         name = ", ".join([task, of_run, chosen, *(f"{k} {v}" for k, v in told.items())])
         entries[name] = {"task": task, "options": told, **known, "metrics": metrics}
         if "prompt_set" in told:

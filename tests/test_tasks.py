@@ -170,6 +170,19 @@ def test_fine_tuning_learns_what_the_labels_say(run):
     assert results["100 % accuracy"]["value"] == 1
 
 
+@pytest.mark.parametrize("task", [evaluate.linear_probe, evaluate.fine_tune])
+def test_training_images_that_cannot_be_read_are_left_out_within_the_budget(run, task, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "LOOKS", 1)
+    records = data.load_records(["phantom=16"], "test", 32)
+    for row in (12, 25):  # one for training, one for validation
+        records[row] = replace(records[row], image=tmp_path / f"bad-{row}.png")
+    encoded, splits = evaluate.encode(run, records[:10]), {"train": records[10:21], "valid": records[21:]}
+    options = {"load": splits.get, "fractions": (100,), "draws": 0}
+    assert task(run, encoded, skip_bad_images=1, **options)
+    with pytest.raises(data.BadInput, match="bad-12.png"):
+        task(run, encoded, **options)
+
+
 def test_fine_tuning_leaves_the_run_as_it_was(run):
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
     records = data.load_records(["phantom=16"], "test", 20)
@@ -374,6 +387,14 @@ def test_a_heatmap_without_boxes_is_refused(tiny_run, chests, tmp_path, capsys):
 
 
 # -------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "flags", ["--repeats 0", "--fractions 0", "--fractions 101", "--sentences -1", "--limit 0", "--repeats x"]
+)
+def test_numbers_that_make_no_sense_are_refused(flags):
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.build_parser().parse_args(flags.split())
 
 
 @pytest.mark.parametrize("task", list(evaluate.TASKS))
