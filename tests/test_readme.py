@@ -43,7 +43,9 @@ def test_readme_shows_how_to_use_each_script():
 
 
 def test_readme_lists_every_data_set():
-    rows = re.findall(r"^\| `([\w-]+)[=`]", read("README.md").partition("## Data")[2], re.MULTILINE)
+    rows = re.findall(
+        r"^\| `([\w-]+)[=`]", read("README.md").partition("## Data\n")[2].partition("\n## ")[0], re.MULTILINE
+    )
     assert [row for row in rows if not row.startswith("--")] == list(data.DATASETS)
 
 
