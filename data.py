@@ -73,6 +73,10 @@ class BadInput(Exception):
     """Something that the user gave cannot be used; the message is one sentence with the way out."""
 
 
+class SharedPatient(BadInput):
+    """A patient is in two splits."""
+
+
 class Packed(NamedTuple):
     """An image in a pack: a row of FOLDER/images.npy."""
 
@@ -256,7 +260,7 @@ def pick_split(splits, split):
     for name, records in splits.items():
         for record in records:
             if owner.setdefault(record.patient, name) != name:
-                raise BadInput(
+                raise SharedPatient(
                     f"patient {record.patient} of {record.source} is in the splits {owner[record.patient]!r} "
                     f"and {name!r}; each patient belongs in one"
                 )
@@ -1749,7 +1753,12 @@ def summary(args):
     """Prints what data sets hold and what is wrong with them, no word of any report -> exit status."""
     faults = 0
     for spec in args.data:
-        splits = {split: read_records([spec], split)[spec] for split in SPLITS}
+        try:
+            splits = {split: read_records([spec], split)[spec] for split in SPLITS}
+        except SharedPatient as error:
+            print(f"{spec}\n{error}\n")
+            faults += 1
+            continue
         faults += sum(describe(spec, splits, args).values())
     return 1 if faults else 0
 

@@ -1160,18 +1160,33 @@ def test_csv_may_begin_with_a_byte_order_mark(tmp_path):
         (["image,split", "a.png,"], "row 2: the split '' is none of train, valid, test"),
         (["image,view", "a.png,oblique"], "row 2: the view 'oblique' is none of PA, AP, FRONTAL"),
         (["image,report", ",Text."], "row 2, names no image"),
-        (
-            ["image,patient,split", "a.png,7,train", "b.png,7,test"],
-            "patient 7 of csv is in the splits 'train'",
-        ),
-        (["image,split", "a.png,train", "a.png,test"], "patient a.png of csv is in the splits 'train'"),
     ],
-    ids=["split", "no split", "view", "no image", "patient in two splits", "image in two splits"],
+    ids=["split", "no split", "view", "no image"],
 )
 def test_csv_row_that_cannot_be_used_is_named(rows, sentence, tmp_path, capsys):
     assert summary(table_of(tmp_path, *rows)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("data.py: ") and sentence in line
+
+
+@pytest.mark.parametrize(
+    ("rows", "patient"),
+    [
+        (["image,patient,split", "a.png,7,train", "b.png,7,test"], "7"),
+        (["image,split", "a.png,train", "a.png,test"], "a.png"),
+    ],
+    ids=["patient", "image"],
+)
+def test_csv_patient_in_two_splits_fails_the_summary_and_is_refused_elsewhere(
+    rows, patient, tmp_path, capsys
+):
+    spec, sentence = (
+        table_of(tmp_path, *rows),
+        f"patient {patient} of csv is in the splits 'train' and 'test'",
+    )
+    assert summary(spec) == 1 and sentence in capsys.readouterr().out
+    assert data.main(["pack", "--data", spec, "--out", str(tmp_path / "pack")]) == 2
+    assert sentence in capsys.readouterr().err
 
 
 def test_csv_report_in_a_column_of_another_name_is_not_repeated_in_the_error(tmp_path):
