@@ -346,10 +346,10 @@ def images_under(root):
 @cache
 def four_states(names, values):
     """Cells of a labeler's table -> {"findings", "absent", "uncertain", "blank": frozenset of names}."""
-    state_of = dict(zip(("1", "0", "-1", ""), STATES, strict=True))
+    state_of = dict(zip(("1", "0", "-1", "", "1.0", "0.0", "-1.0"), STATES + STATES[:3], strict=True))
     states = {state: set() for state in STATES}
     for name, value in zip(names, values, strict=True):
-        state = state_of.get(value.strip().removesuffix(".0"))
+        state = state_of.get(value.strip())
         if state is None:
             value = repr(value) if len(value) < 12 else f"of {len(value)} letters"  # it may be a report
             raise BadInput(f"column {name!r} has the value {value}, which is none of 1, 0, -1 and blank")

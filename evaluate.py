@@ -741,10 +741,10 @@ def prompt_words(run, encoded, *, draws=1000, near=3):
     """What the continuous prompt learned, and whether it brings label prompts nearer to the reports.
 
     Norms of the vectors against those that they start with, 0.02 √dim in expectation (the start itself is not
-    kept), and their nearest word pieces by cosine against those of random vectors. Distance
-    between the centre of the label prompts (one for each finding that a report has alone) and the centre of
-    these reports, and the mean cosine of a report with the prompt of its finding and with the others', each
-    with the vectors and without.
+    kept), and their nearest word pieces by cosine against those of random vectors. Distance between the
+    centre of the label prompts (one for each finding that a report has alone) and the centre of these
+    reports, and the mean cosine of a report with the prompt of its finding and with the others', each with
+    the vectors and without.
 
     Returns:
         entries; that of the nearest word piece has "words", one line for each vector.

@@ -559,7 +559,7 @@ def test_an_image_that_stands_twice_is_refused(name, tmp_path):
     ("name", "table"),
     [("chexpert", "train.csv"), ("mimic-cxr", "mimic-cxr-2.0.0-chexpert.csv"), ("csv", "table.csv")],
 )
-@pytest.mark.parametrize("value", ["2", "0.5", "yes", "nan", "-"])
+@pytest.mark.parametrize("value", ["2", "0.5", "yes", "nan", "-", ".0"])
 def test_a_label_outside_the_four_states_is_named_by_row_and_column(name, table, value, tmp_path):
     spec = build(name, tmp_path)
     path = next(tmp_path.rglob(table))
