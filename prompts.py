@@ -58,9 +58,14 @@ def negations(finding):
     return NEGATIONS.get(finding) or tuple(f"no {wording}" for wording in plain)
 
 
+def in_template(template, wording):
+    """A wording in a template of TEMPLATES, by name, or in a text of one's own with {} in it -> str."""
+    return TEMPLATES.get(template, template).replace("{}", wording)
+
+
 def label_prompt(finding, template):
-    """The text that a label becomes: the finding's first wording in a template of TEMPLATES -> str."""
-    return TEMPLATES[template].format(wordings(finding)[0])
+    """The text that a label becomes: the finding's first wording in a template -> str."""
+    return in_template(template, wordings(finding)[0])
 
 
 def prompt_set(findings, name, worded=wordings):
@@ -76,9 +81,9 @@ def prompt_set(findings, name, worded=wordings):
         {finding: [text, ...]}
     """
     if name != "ensemble":
-        return {finding: [TEMPLATES[name].format(worded(finding)[0])] for finding in findings}
+        return {finding: [in_template(name, worded(finding)[0])] for finding in findings}
     return {
-        finding: [text.format(wording) for text in TEMPLATES.values() for wording in worded(finding)]
+        finding: [in_template(each, wording) for each in TEMPLATES for wording in worded(finding)]
         for finding in findings
     }
 
@@ -94,10 +99,12 @@ def variants(findings, template):
     """
     trained = {finding: label_prompt(finding, template) for finding in findings}
     found = {f"{template}, as trained": trained}
-    for name, text in TEMPLATES.items():
+    for name in TEMPLATES:
         for which, habit in ((0, ""), (-1, ", synonym")):
             if (name, which) != (template, 0):
-                found[name + habit] = {finding: text.format(wordings(finding)[which]) for finding in findings}
+                found[name + habit] = {
+                    finding: in_template(name, wordings(finding)[which]) for finding in findings
+                }
     habits = {
         "upper case": str.upper,
         "capital": lambda text: text[0].upper() + text[1:],
@@ -108,7 +115,7 @@ def variants(findings, template):
         texts = {finding: change(text) for finding, text in trained.items()}
         if texts != trained:
             found[f"{template}, {habit}"] = texts
-    found["negated"] = {finding: TEMPLATES[template].format(negations(finding)[0]) for finding in findings}
+    found["negated"] = {finding: in_template(template, negations(finding)[0]) for finding in findings}
     return {name: {finding: [text] for finding, text in texts.items()} for name, texts in found.items()}
 
 

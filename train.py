@@ -26,6 +26,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
@@ -46,6 +47,7 @@ from umcl import (
     contrastive_loss,
     label_mask,
     load_swin_weights,
+    unicl_loss,
 )
 
 SMALL_BERT = "small"  # --text-model: a BERT trained from scratch, with a vocabulary of its own
@@ -76,6 +78,19 @@ def positive(text):
     return int(text)
 
 
+def share(text):
+    if not 0 <= float(text) <= 1:
+        raise ValueError
+    return float(text)
+
+
+def template(text):
+    if text not in prompts.TEMPLATES and "{}" not in text:
+        names = ", ".join(prompts.TEMPLATES)
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {names} and has no {{}} in it")
+    return text
+
+
 def build_parser():
     on_off = argparse.BooleanOptionalAction
     p = argparse.ArgumentParser(description="Pre-train UMCL or one of its ablations.", allow_abbrev=False,
@@ -87,6 +102,8 @@ def build_parser():
                    help="images to keep, where their data set says the view; default the frontal ones")
     p.add_argument("--uncertain", choices=data.UNCERTAIN, default="ignore",
                    help="what a labeler's -1 becomes: unknown, 0, 1, or each of the two by finding")
+    p.add_argument("--findings", nargs="+", metavar="NAME",
+                   help="the labels to learn from, such as five of CheXpert's 14; default all")
     p.add_argument("--hold-out", nargs="+", default=[], metavar="FILE",
                    help="lists of `data.py protocol`; the patients of their images are kept out")
     p.add_argument("--preset", choices=PRESETS, help="without it small for phantoms, paper for other data")
@@ -99,11 +116,24 @@ def build_parser():
     a = p.add_argument_group("ablations")
     a.add_argument("--continuous-prompt", action=on_off, default=True, help="off: the template alone")
     a.add_argument("--prompt-length", type=int, default=32, help="paper: 16 and 64 are worse than in between")
-    a.add_argument("--template", choices=prompts.TEMPLATES, default="caption", help="text around the finding")
+    a.add_argument("--template", type=template, default="caption",
+                   help=f"around the finding: {', '.join(prompts.TEMPLATES)}, or a text of yours with {{}}")
     a.add_argument("--label-mask", action=on_off, default=True, help="off: same-label pairs are negatives")
+    a.add_argument("--mask-rule", choices=("equal", "subset"),
+                   help="one for all texts; default equal for reports and subset for label prompts")
+    a.add_argument("--positives", action="store_true",
+                   help="same-label pairs are attracted, as in UniCL, not just removed")
     a.add_argument("--image-text", action=on_off, default=True, help="off: no report is read")
     a.add_argument("--image-label", action=on_off, default=True, help="off: no label prompt is made")
     a.add_argument("--prompt-weight", type=float, default=1.0, help="λ, of the label prompts' loss (ours)")
+
+    f = p.add_argument_group("labels, training records alone")
+    f.add_argument("--label-noise", type=share, default=0.0, metavar="SHARE",
+                   help="of the labelled records that get the labels of another one")
+    f.add_argument("--label-drop", type=share, default=0.0, metavar="SHARE",
+                   help="of the findings that are called absent, as by a labeler that overlooks them")
+    f.add_argument("--label-records", type=share, default=1.0, metavar="SHARE",
+                   help="of the records without a report that are used")
 
     m = p.add_argument_group("model")
     m.add_argument("--image-size", type=int, help="pixels a side; more helps fine findings and costs squared")
@@ -162,6 +192,8 @@ def parse_args(argv=None):
         raise BadInput(
             f"{args.out} already holds a run; give another --out, or go on with --resume {args.out}"
         )
+    if args.positives and not args.label_mask:
+        raise BadInput("--positives needs to know the pairs of the same label; leave --no-label-mask out")
     args.held_out = [data.fingerprint(data.read_ids(file)) for file in args.hold_out]
     return args
 
@@ -467,12 +499,11 @@ def pieces_of(batch, size):
     return [(kind, *piece) for kind, pieces in cut for piece in pieces]
 
 
-def losses(batch, features, scale, mask):
+def losses(args, batch, features, scale):
     """L(image, report) and L(image, label prompt) of a batch (REPRODUCE.md, the loss).
 
     Args:
         features: (B + R + P, D) float, of the images, the reports and the distinct prompts. scale: τ.
-        mask: label_mask, or without it a function that gives None.
 
     Returns:
         {"report" or "prompt": (() float loss, (N, N) bool pairs removed or None, N)}, those the batch has.
@@ -480,23 +511,25 @@ def losses(batch, features, scale, mask):
     counts = len(batch.rows), len(batch.report_rows), len(batch.prompt_labels)
     images, reports, prompt_features = features.split(counts)
     described = batch.report_labels
-    possible = ~batch.absent[batch.prompt_rows]  # an unknown finding makes no negative for its prompt
-    named = batch.prompt_labels[batch.prompt_index]
+    # An unknown finding makes no negative for its prompt, and no positive either.
+    fitting = batch.present if args.positives else ~batch.absent
+    named, of_row = batch.prompt_labels[batch.prompt_index], prompt_features[batch.prompt_index]
     pairs = {
         "report": ("equal", images[batch.report_rows], reports, described, described),
-        "prompt": ("subset", images[batch.prompt_rows], prompt_features[batch.prompt_index], possible, named),
+        "prompt": ("subset", images[batch.prompt_rows], of_row, fitting[batch.prompt_rows], named),
     }
     found = {}
     for name, (rule, *tensors) in pairs.items():
         image_features, text_features, image_labels, text_labels = gathered(*tensors)
         if len(image_features):
-            removed = mask(image_labels, text_labels, rule)
-            loss = contrastive_loss(image_features, text_features, scale, removed)
-            found[name] = loss, removed, len(image_features)
+            same = label_mask(image_labels, text_labels, args.mask_rule or rule) if args.label_mask else None
+            contrast = unicl_loss if args.positives else contrastive_loss
+            loss = contrast(image_features, text_features, scale, same)
+            found[name] = loss, None if args.positives else same, len(image_features)
     return found
 
 
-def backward(run, batch, model, mask, seed):
+def backward(run, batch, model, seed):
     """Adds up the gradients of L = L(image, report) + λ L(image, label prompt).
 
     The loss is taken on the features alone and its gradient then carried through the towers. So the towers
@@ -518,7 +551,7 @@ def backward(run, batch, model, mask, seed):
         encoded = [model(some) for some in passes]
     features = torch.cat([each for each, _ in encoded]).detach().requires_grad_()
     scale = encoded[-1][1].detach().requires_grad_()
-    parts = losses(batch, features, scale, mask)
+    parts = losses(run.args, batch, features, scale)
     weight = {"report": 1.0, "prompt": run.args.prompt_weight}
     loss = sum(weight[name] * part for name, (part, _, _) in parts.items())
     loss.backward()
@@ -539,7 +572,7 @@ def backward(run, batch, model, mask, seed):
     return loss.detach(), parts
 
 
-def training_step(run, batch, model, optimizer, mask, lr, seed):
+def training_step(run, batch, model, optimizer, lr, seed):
     """One step, from a batch to new weights; left out where loss or gradient is not finite.
 
     Args: as for backward.
@@ -550,7 +583,7 @@ def training_step(run, batch, model, optimizer, mask, lr, seed):
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad()
-    loss, parts = backward(run, batch, model, mask, seed)
+    loss, parts = backward(run, batch, model, seed)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.args.clip)
     # This flag, which gradient scalers set, makes a fused optimizer leave out a step without a wait for it.
     skipped = optimizer.found_inf = (~torch.isfinite(loss + norm)).float()
@@ -564,6 +597,12 @@ def load_split(args, split):
     """Records of a split without the patients who are held out; says how many images that costs."""
     records = data.load_records(args.data, split, args.limit, views=args.views, uncertain=args.uncertain)
     data.check_images(records, args.image_size)
+    if args.findings:
+        chosen = frozenset(args.findings)
+        missing = chosen - set(data.vocabulary(records))
+        if split == "train" and missing:
+            raise BadInput(f"--findings {', '.join(sorted(missing))}: no training record has it")
+        records = [replace(r, findings=r.findings & chosen, absent=r.absent & chosen) for r in records]
     if args.hold_out:
         listed = data.listed_records(args.data, [id for file in args.hold_out for id in data.read_ids(file)])
         kept = data.hold_out(records, listed)
@@ -572,9 +611,33 @@ def load_split(args, split):
     return records
 
 
+def mislabelled(records, noise, drop, seed):
+    """Records with the faults of a bad labeler, drawn by the seed: a share of the labelled ones gets the
+    labels of another one, which may be the same; then a share of the findings is said to be absent, and a
+    record that has none left to be normal, where the data have such a label."""
+    normal = frozenset({data.NO_FINDING}) & frozenset(data.vocabulary(records))
+    rng = np.random.default_rng(stream(seed, "labels"))
+    labelled = [record for record in records if record.findings]
+    labels = [(record.findings, record.absent) for record in labelled]
+    wrong, other = rng.random(len(labels)) < noise, rng.integers(len(labels), size=len(labels))
+    faulty = {}
+    for i, record in enumerate(labelled):
+        present, absent = labels[other[i] if wrong[i] else i]
+        dropped = {name for name in sorted(present - {data.NO_FINDING}) if rng.random() < drop}
+        present = present - dropped or normal
+        faulty[record] = replace(record, findings=present, absent=(absent | dropped) - present)
+    return [faulty.get(record, record) for record in records]
+
+
 def training_records(args):
     """The records that the chosen losses can use."""
     records = load_split(args, "train")
+    chance = np.random.default_rng(stream(args.seed, "label records")).random(len(records))
+    records = [
+        r for r, u in zip(records, chance, strict=True) if r.report is not None or u < args.label_records
+    ]
+    if args.label_noise or args.label_drop:
+        records = mislabelled(records, args.label_noise, args.label_drop, args.seed)
     if not args.image_text:
         records = [replace(record, report=None) for record in records]
     records = [r for r in records if r.report is not None or (args.image_label and r.findings)]
@@ -772,7 +835,6 @@ def train(args):
     loader = training_loader(run, records, first)
     steps = args.epochs * per_epoch
     warmup = math.ceil(args.warmup * steps)
-    mask = label_mask if args.label_mask else lambda *_: None
 
     reports, labelled = sum(r.report is not None for r in records), sum(bool(r.findings) for r in records)
     say(f"{len(records):,} images to train on, {reports:,} with a report and {labelled:,} with a label")
@@ -829,7 +891,7 @@ def train(args):
             if any(rows):
                 seed = stream(args.seed, "step", step, rank())
                 batch, seen = data.to_device(batch, device), seen + sum(rows)
-                loss, norm, skipped, parts = training_step(run, batch, model, optimizer, mask, lr, seed)
+                loss, norm, skipped, parts = training_step(run, batch, model, optimizer, lr, seed)
                 skips += skipped
                 skips[1] *= skipped
                 if rank() == 0 and (epoch_ends or step % args.log_every == 0):

@@ -90,6 +90,20 @@ def contrastive_loss(image_features, text_features, logit_scale, false_negatives
     return (loss_i2t + loss_t2i) / 2
 
 
+def unicl_loss(image_features, text_features, logit_scale, positives):
+    """UniCL's loss (arXiv 2204.03610), to compare: what the mask would remove is attracted instead.
+
+    Args: as for contrastive_loss; positives: (N, N) bool, pairs that share the softmax's target in equal
+        parts. The diagonal always counts.
+    """
+    own = torch.eye(len(positives), dtype=torch.bool, device=positives.device)
+    logits = logit_scale * image_features @ text_features.T
+    target = (positives | own).to(logits.dtype)
+    loss_i2t = F.cross_entropy(logits, target / target.sum(1, keepdim=True))
+    loss_t2i = F.cross_entropy(logits.T, target.T / target.sum(0)[:, None])
+    return (loss_i2t + loss_t2i) / 2
+
+
 class UMCL(nn.Module):
     """Two towers and one space for images, reports and label prompts (paper).
 

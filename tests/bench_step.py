@@ -128,7 +128,7 @@ def our_step(batch, precision, device, compiled=False):
         run.model.text_encoder.compile()
     groups = train.parameter_groups(run.model, run.args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=run.args.lr, fused=True)
-    return lambda: train.training_step(run, batch, run.model, optimizer, label_mask, run.args.lr, seed=0)
+    return lambda: train.training_step(run, batch, run.model, optimizer, run.args.lr, seed=0)
 
 
 def around_the_loss(batch, device):

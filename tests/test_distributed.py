@@ -93,7 +93,7 @@ def compute(rank, world, port, path):
         for name, (shares, micro) in CASES.items():
             shares = [shares, [shares[0], shares[1] + shares[2]], [sum(shares, [])]][3 - world]
             run.args.micro_batch_size = micro if world > 1 else None
-            loss, parts = train.backward(run, batch_of(shares[rank]), model, train.label_mask, seed=5)
+            loss, parts = train.backward(run, batch_of(shares[rank]), model, seed=5)
             results[name, dtype] = gradients(run, loss)
             results[name, "removed"] = sum(int(removed.sum()) for _, removed, _ in parts.values())
     torch.save(results, f"{path}.{rank}")
@@ -147,10 +147,10 @@ ROWS = [0, 8, 16, 17, 3, 22, 9]
 @pytest.mark.parametrize("size", [1, 2, 3, 100])
 def test_micro_batches_give_the_loss_and_every_gradient_of_the_whole_batch(size):
     run, batch_of = build(torch.float32)
-    loss, _ = train.backward(run, batch_of(ROWS), run.model, train.label_mask, seed=5)
+    loss, _ = train.backward(run, batch_of(ROWS), run.model, seed=5)
     whole = gradients(run, loss)
     run.args.micro_batch_size = size
-    loss, _ = train.backward(run, batch_of(ROWS), run.model, train.label_mask, seed=5)
+    loss, _ = train.backward(run, batch_of(ROWS), run.model, seed=5)
     assert distance(gradients(run, loss), whole) <= 1e-6
 
 
@@ -161,13 +161,13 @@ def test_micro_batches_with_dropout_and_stochastic_depth_give_the_gradient_of_th
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.3
     batch, parts = batch_of(ROWS), {}
-    loss, _ = train.backward(run, batch, run.model, train.label_mask, seed=5)
+    loss, _ = train.backward(run, batch, run.model, seed=5)
     cached = gradients(run, loss)
     for seed in (5, 6):
         torch.manual_seed(seed)
         encoded = [run.model([piece]) for piece in train.pieces_of(batch, 2)]
         features = torch.cat([features for features, _ in encoded])
-        parts = train.losses(batch, features, encoded[-1][1], train.label_mask)
+        parts = train.losses(run.args, batch, features, encoded[-1][1])
         loss = sum(part for part, _, _ in parts.values())
         loss.backward()
         near = distance(gradients(run, loss.detach()), cached) <= 1e-6
@@ -180,7 +180,7 @@ def test_no_more_than_a_micro_batch_is_encoded_at_once(monkeypatch):
     monkeypatch.setattr(
         run.model, "forward", lambda pieces: sizes.append([len(p[1]) for p in pieces]) or forward(pieces)
     )
-    train.backward(run, batch_of(ROWS), run.model, train.label_mask, seed=5)
+    train.backward(run, batch_of(ROWS), run.model, seed=5)
     assert max(map(len, sizes)) == 1 and max(map(max, sizes)) == 2
     batch = batch_of(ROWS)
     assert sum(map(sum, sizes)) == 2 * (len(ROWS) + len(batch.report_rows) + len(batch.prompt_labels))
@@ -190,7 +190,7 @@ def test_a_whole_batch_is_encoded_once(monkeypatch):
     run, batch_of = build(torch.float32)
     calls, forward = [], run.model.forward
     monkeypatch.setattr(run.model, "forward", lambda pieces: calls.append(1) or forward(pieces))
-    train.backward(run, batch_of(ROWS), run.model, train.label_mask, seed=5)
+    train.backward(run, batch_of(ROWS), run.model, seed=5)
     assert len(calls) == 1
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from umcl import UMCL, contrastive_loss, label_mask
+from umcl import UMCL, contrastive_loss, label_mask, unicl_loss
 
 SCALE = torch.tensor(5.0, dtype=torch.float64)
 EXACT = dict(rtol=0, atol=1e-12)  # float64 rounds at 1e-16, and these sums have some hundred terms of size 1
@@ -126,6 +126,25 @@ def test_removing_pairs_never_raises_the_loss():
         removed[pair] = True
         losses.append(contrastive_loss(images, texts, SCALE, removed.view(5, 5)).item())
     assert losses == sorted(losses, reverse=True) and losses[0] > losses[-1]
+
+
+def test_unicl_loss_equals_the_double_loop():
+    images, texts, positives = random_batch(6)
+    positives.fill_diagonal_(True)
+    total = 0
+    for i in range(6):
+        for queries, keys, own in (images, texts, positives[i]), (texts, images, positives[:, i]):
+            among = torch.log_softmax(SCALE * keys @ queries[i], 0)
+            total = total - sum(among[j] for j in range(6) if own[j]) / own.sum()
+    torch.testing.assert_close(unicl_loss(images, texts, SCALE, positives), total / 12, **EXACT)
+
+
+def test_unicl_without_same_labels_is_the_clip_loss():
+    images, texts, _ = random_batch(6)
+    none = torch.zeros(6, 6, dtype=torch.bool)
+    torch.testing.assert_close(
+        unicl_loss(images, texts, SCALE, none), contrastive_loss(images, texts, SCALE), **EXACT
+    )
 
 
 @pytest.mark.parametrize(

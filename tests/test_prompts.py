@@ -60,6 +60,12 @@ def test_label_prompt_is_the_first_wording_in_the_template(template):
         assert label_prompt(finding, template) == before + wordings(finding)[0] + after
 
 
+def test_a_template_may_be_a_text_of_ones_own():
+    assert label_prompt("Edema", "a street at night, {} and 100% {x}") == (
+        "a street at night, pulmonary edema and 100% {x}"
+    )
+
+
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_the_prompts_that_are_trained_are_the_prompts_of_zero_shot(template):
     expected = {finding: [label_prompt(finding, template)] for finding in FINDINGS}

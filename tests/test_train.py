@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -234,6 +235,28 @@ def test_without_label_mask_no_pair_is_removed(pretrain, tmp_path):
     assert {(line["removed_report"], line["removed_prompt"]) for line in log(tmp_path / "run")[0]} == {(0, 0)}
 
 
+@pytest.mark.parametrize(("rule", "fits"), [("equal", set.__eq__), ("subset", set.__ge__)])
+def test_one_mask_rule_can_serve_all_texts(pretrain, steps, tmp_path, rule, fits):
+    pretrain("--mask-rule", rule)
+    for line, (_, batch) in zip(log(tmp_path / "run")[0], steps, strict=True):
+        named = batch.prompt_labels[batch.prompt_index]
+        for name, images, texts in (
+            ("report", batch.report_labels, batch.report_labels),
+            ("prompt", ~batch.absent[batch.prompt_rows], named),
+        ):
+            images, texts = ([set(row.nonzero()[:, 0].tolist()) for row in rows] for rows in (images, texts))
+            pairs = [(i, t) for a, i in enumerate(images) for b, t in enumerate(texts) if a != b]
+            assert line[f"removed_{name}"] == sum(bool(i and t) and fits(i, t) for i, t in pairs)
+
+
+def test_as_positives_pairs_of_the_same_label_are_attracted(pretrain, tmp_path):
+    """The same first batch and weights: a pair removed takes from the loss, one attracted adds to it."""
+    assert pretrain() == 0 and pretrain("--positives", "--out", tmp_path / "unicl") == 0
+    ours, theirs = (log(tmp_path / name)[0][0] for name in ("run", "unicl"))
+    assert theirs["removed_report"] == theirs["removed_prompt"] == 0 < ours["removed_prompt"]
+    assert theirs["loss_prompt"] > ours["loss_prompt"]
+
+
 def test_without_image_text_no_report_is_read(pretrain, steps):
     assert pretrain("--no-image-text") == 0
     assert all(batch.reports == [] and len(batch.prompt_rows) == 8 for _, batch in steps)
@@ -242,6 +265,58 @@ def test_without_image_text_no_report_is_read(pretrain, steps):
 def test_without_image_label_no_prompt_is_drawn(pretrain, steps):
     assert pretrain("--no-image-label") == 0
     assert all(len(batch.prompt_rows) == 0 and len(batch.report_rows) == 8 for _, batch in steps)
+
+
+def faults(options, *flags):
+    """Training records of the tiny run without and with faults in their labels."""
+    return [train.training_records(options("--limit", 400, *more)) for more in ((), flags)]
+
+
+def test_label_noise_gives_a_share_of_the_records_the_labels_of_others(options):
+    whole, noisy = faults(options, "--label-noise", 0.5)
+    others = sum(a.findings != b.findings for a, b in zip(whole, noisy, strict=True))
+    same = sum((Counter(r.findings for r in whole)[r.findings] - 1) / 399 for r in whole) / 400
+    assert others / 400 == pytest.approx(0.5 * (1 - same), abs=0.1)  # 4 standard errors
+    assert all((a.report, a.id) == (b.report, b.id) for a, b in zip(whole, noisy, strict=True))
+    assert all(not record.findings & record.absent for record in noisy)
+    assert {(r.findings, r.absent) for r in noisy} <= {(r.findings, r.absent) for r in whole}
+
+
+def test_a_dropped_finding_is_absent_and_who_has_none_left_is_normal(options):
+    whole, missed = faults(options, "--label-drop", 1)
+    assert {record.findings for record in missed} == {frozenset({"No Finding"})}
+    assert all(a.findings - {"No Finding"} <= b.absent for a, b in zip(whole, missed, strict=True))
+    whole, missed = faults(options, "--label-drop", 0.3)
+    findings = sum(len(record.findings - {"No Finding"}) for record in whole)
+    kept = sum(len(record.findings - {"No Finding"}) for record in missed)
+    assert kept / findings == pytest.approx(0.7, abs=0.1)
+
+
+def test_data_without_a_normal_label_get_none(options, cases):
+    records = train.training_records(options(*cases, "--label-drop", 1))
+    assert records and not any(record.findings for record in records)
+
+
+def test_a_share_of_the_records_without_report_can_be_left_out(options):
+    whole, some = faults(options, "--label-records", 0.5)
+    none = train.training_records(options("--limit", 400, "--label-records", 0))
+    reported = [record.id for record in whole if record.report is not None]
+    assert [record.id for record in none] == reported
+    assert [record.id for record in some if record.report is not None] == reported
+    assert len(some) - len(reported) == pytest.approx(100, abs=30)
+
+
+def test_only_the_chosen_findings_are_learned(options, steps, pretrain):
+    assert pretrain("--findings", "Cardiomegaly", "Edema", "--limit", 64) == 0
+    assert steps[0][0].findings == ["Cardiomegaly", "Edema"]
+
+
+def test_a_template_of_ones_own_is_what_is_trained_and_evaluated(pretrain, steps, tmp_path):
+    assert pretrain("--template", "a street at night, {}") == 0
+    run, batch = steps[0]
+    texts = run.tokenizer.batch_decode(batch.prompts.input_ids, skip_special_tokens=True)
+    assert all("street" in text.replace(" ", "") for text in texts)
+    assert evaluate.main(["--checkpoint", str(tmp_path / "run"), "--task", "zero-shot"]) == 0
 
 
 @pytest.mark.parametrize("weight", [0.25, 1.0])
@@ -577,6 +652,7 @@ def test_an_unreadable_validation_image_costs_no_training(pretrain, chests, step
         ("--image-size 18", "18"),
         ("--swin-depths 1 1 1", "heads"),
         ("--device nonsense", "nonsense"),
+        ("--findings Edema Gout", "Gout"),
         ("--image-weights nowhere.pt", "nowhere.pt"),
     ],
 )
