@@ -1731,6 +1731,15 @@ def phantom(root, split):
     return records
 
 
+# Of those that have reports, which text is an image's report; evaluate.py writes it into its results.
+REPORTS = {
+    "phantom": "drawn up with the image",
+    "mimic-cxr": "impression and findings, else the last paragraph; nothing of indication or technique",
+    "openi": "impression and findings",
+    "covid-chestxray": "clinical notes",
+    "medpix2": "caption",
+    "csv": "the column report",
+}
 DATASETS = {
     "phantom": phantom,
     "chexpert": chexpert,

@@ -173,30 +173,40 @@ def balanced_accuracy(predicted, true):
     return float(np.mean([(predicted[true == label] == label).mean() for label in np.unique(true)]))
 
 
-def bootstrap_ci(metric, *arrays, n=1000, seed=0):
+def bootstrap_ci(metric, *arrays, n=1000, seed=0, patients=None):
     """95 % percentile interval of metric(*arrays): n times, rows are drawn with replacement, alike in all.
+
+    patients: (rows,) int, whose row it is. Whole patients are drawn then, since the images of one are alike.
 
     Returns:
         (low, high)
     """
-    rng, rows = np.random.default_rng(seed), len(arrays[0])
-    draws = (rng.integers(rows, size=rows) for _ in range(n))
-    values = [metric(*(array[draw] for array in arrays)) for draw in draws]
+    rng = np.random.default_rng(seed)
+    patients = np.arange(len(arrays[0])) if patients is None else patients
+    _, patient, count = np.unique(patients, return_inverse=True, return_counts=True)
+    rows_of, values = np.split(patient.argsort(kind="stable"), count.cumsum()[:-1]), []
+    for _ in range(n):
+        drawn = rng.integers(len(count), size=len(count))
+        rows = np.concatenate([rows_of[each] for each in drawn]) if len(count) < len(patient) else drawn
+        values.append(metric(*(array[rows] for array in arrays)))
     return tuple(float(v) for v in np.nanpercentile(values, (2.5, 97.5)))
 
 
-def measured(metric, *arrays, draws, chance=None, redraw=None, **counts):
+def measured(metric, *arrays, draws, patients=None, chance=None, redraw=None, **counts):
     """One entry of the results: value, interval from `draws` bootstrap draws (0: none), chance, counts.
 
-    redraw: takes the metric's place in the draws, where more than the rows is drawn anew. "of" keeps metric
-    and arrays, whose rows are the images or texts asked about, to compare runs by.
+    patients: see bootstrap_ci. redraw: takes the metric's place in the draws, where more than the rows is
+    drawn anew. "of" keeps metric, arrays and patients, whose rows are the images or texts asked about, to
+    compare runs by.
     """
     entry = {"value": float(metric(*arrays)), "n": len(arrays[0]), **counts}
+    if patients is not None:
+        entry["patients"] = len(np.unique(patients))
     if chance is not None:
         entry["chance"] = float(chance)
     if draws:
-        entry["low"], entry["high"] = bootstrap_ci(redraw or metric, *arrays, n=draws)
-    return entry | {"of": (metric, arrays)}
+        entry["low"], entry["high"] = bootstrap_ci(redraw or metric, *arrays, n=draws, patients=patients)
+    return entry | {"of": (metric, arrays, patients)}
 
 
 # ------------------------------------------------------------------------------------------------ features
@@ -214,6 +224,17 @@ class Encoded(NamedTuple):
     absent: np.ndarray  # (N, C) bool
     pooled: np.ndarray = None  # (N, F) float32, the image tower's features before the projection
     report_labels: np.ndarray = None  # (R, C) bool, what each report stands for in training, see data.Batch
+
+    @property
+    def patients(self):
+        """(N,) int, whose image it is."""
+        return numbered((record.source, record.patient) for record in self.records)
+
+
+def numbered(names):
+    """Names -> (N,) int64, alike where the names are."""
+    number = {}
+    return np.array([number.setdefault(name, len(number)) for name in names], dtype=np.int64)
 
 
 @torch.no_grad()
@@ -369,7 +390,7 @@ def zero_shot(run, encoded, *, prompt_set=None, combine="mean-embedding", classe
     results = {}
     for way in [combine, *(other for other in COMBINE if several and other != combine)]:
         scores = combined(encoded.image_features, features, way)  # (N, classes)
-        each = classification(scores, present, absent, classes, draws)
+        each = classification(scores, present, absent, encoded.patients, classes, draws)
         if way == combine:
             results |= each
         else:
@@ -379,30 +400,30 @@ def zero_shot(run, encoded, *, prompt_set=None, combine="mean-embedding", classe
         features = [features[i] for i in paired], encode_findings(run, negative)
         scores = np.subtract(*(combined(encoded.image_features, each, combine) for each in features))
         names = [classes[i] for i in paired]
-        each = classification(scores, present[:, paired], absent[:, paired], names, draws)
+        each = classification(scores, present[:, paired], absent[:, paired], encoded.patients, names, draws)
         results |= {f"pair {k}": entry for k, entry in each.items() if k.startswith("AUROC")}
     return results
 
 
-def classification(scores, present, absent, names, draws):
+def classification(scores, present, absent, patients, names, draws):
     """Accuracies and AUROCs of (N, C) scores against what is present and known to be absent -> entries."""
     results = {}
     single = present.sum(1) == 1
     if single.any() and len(names) > 1:
         true, predicted = present[single].argmax(1), scores[single].argmax(1)
-        of = {"chance": 1 / len(names), "draws": draws}
+        of = {"chance": 1 / len(names), "draws": draws, "patients": patients[single]}
         results["accuracy"] = measured(np.mean, predicted == true, **of)
         results["balanced accuracy"] = measured(balanced_accuracy, predicted, true, **of)
     known = present | absent
     for column, name in enumerate(names):
-        labels = present[known[:, column], column]
+        rows = known[:, column]
+        labels = present[rows, column]
         if labels.any() and not labels.all():
-            rows, positives = scores[known[:, column], column], int(labels.sum())
-            results[f"AUROC {name}"] = measured(
-                auroc, rows, labels, chance=0.5, draws=draws, positives=positives
-            )
+            of = {"chance": 0.5, "draws": draws, "patients": patients[rows], "positives": int(labels.sum())}
+            results[f"AUROC {name}"] = measured(auroc, scores[rows, column], labels, **of)
     if any(metric.startswith("AUROC") for metric in results):
-        results["AUROC mean"] = measured(mean_auroc, scores, present, known, chance=0.5, draws=draws)
+        of = {"chance": 0.5, "draws": draws, "patients": patients}
+        results["AUROC mean"] = measured(mean_auroc, scores, present, known, **of)
     return results
 
 
@@ -429,10 +450,14 @@ def class_sentences(records, findings, number, seed=0):
     return texts, np.eye(len(findings), dtype=bool).repeat(number, 0)
 
 
-def class_level(images, texts, image_labels, text_labels, draws):
-    """P@K both ways of images and texts with known findings: (N, D), (T, D), (N, C), (T, C) -> entries."""
-    results, sides = {}, list(zip((images, texts), label_sets(image_labels, text_labels), strict=True))
-    for way, (queries, query_sets), (candidates, candidate_sets) in (
+def class_level(images, texts, image_labels, text_labels, patients, draws):
+    """P@K both ways of images and texts with known findings: (N, D), (T, D), (N, C), (T, C) -> entries.
+
+    patients: of the images and of the texts, each None or (N,) int; queries are drawn by them.
+    """
+    sets = label_sets(image_labels, text_labels)
+    results, sides = {}, list(zip((images, texts), sets, patients, strict=True))
+    for way, (queries, query_sets, of_queries), (candidates, candidate_sets, _) in (
         ("i2t", *sides),
         ("t2i", *reversed(sides)),
     ):
@@ -443,33 +468,31 @@ def class_level(images, texts, image_labels, text_labels, draws):
         shares = over_queries(precision, queries, candidates, query_sets)
         for k, share in zip(ks, shares.T.numpy(), strict=True):
             results[f"{way}_P@{k}"] = measured(
-                np.mean, share, chance=chance, draws=draws, candidates=len(candidates)
+                np.mean, share, chance=chance, draws=draws, patients=of_queries, candidates=len(candidates)
             )
     return results
 
 
-def instance_level(images, texts, text_of_image, draws):
+def instance_level(images, texts, text_of_image, patients, draws):
     """R@K and median rank both ways: (N, D), (T, D) of different texts, (N,) int64 -> entries.
 
-    A text that several images have is one candidate; as a query, it looks for any of these images.
+    A text that several images have is one candidate; as a query, it looks for any of these images. patients:
+    of the images and of the texts, (N,) and (T,) int; queries are drawn by them.
     """
     results, each = {}, torch.arange(len(texts))
-    for way, queries, candidates, query_ids, candidate_ids in (
-        ("i2t", images, texts, text_of_image, each),
-        ("t2i", texts, images, each, text_of_image),
+    for way, queries, candidates, query_ids, candidate_ids, of_queries in (
+        ("i2t", images, texts, text_of_image, each, patients[0]),
+        ("t2i", texts, images, each, text_of_image, patients[1]),
     ):
         rank = partial(own_rank, candidate_ids=candidate_ids)
         rank = over_queries(rank, queries, candidates, query_ids).numpy()
         own, count = torch.bincount(candidate_ids)[query_ids].numpy(), len(candidates)
+        of = {"draws": draws, "patients": of_queries, "candidates": count}
         for k in (k for k in (1, 5, 10) if k <= count):
             missed = np.prod([np.maximum(count - own - i, 0) / (count - i) for i in range(k)], axis=0)
-            results[f"{way}_R@{k}"] = measured(
-                np.mean, rank < k, chance=1 - missed.mean(), draws=draws, candidates=count
-            )
+            results[f"{way}_R@{k}"] = measured(np.mean, rank < k, chance=1 - missed.mean(), **of)
         chance = ((count - own) / (own + 1)).mean() + 1
-        results[f"{way}_median rank"] = measured(
-            np.median, rank + 1, chance=chance, draws=draws, candidates=count
-        )
+        results[f"{way}_median rank"] = measured(np.median, rank + 1, chance=chance, **of)
     return results
 
 
@@ -492,21 +515,19 @@ def retrieval(run, encoded, *, sentences=None, sentences_from=None, split="test"
         records = data.load_records(sentences_from, split) if sentences_from else encoded.records
         texts, text_labels = class_sentences(records, encoded.findings, sentences)
         single = encoded.present.sum(1) == 1
-        features = torch.as_tensor(encode_texts(run, texts))
-        return class_level(images[single], features, encoded.present[single], text_labels, draws)
+        features, patients = torch.as_tensor(encode_texts(run, texts)), (encoded.patients[single], None)
+        return class_level(images[single], features, encoded.present[single], text_labels, patients, draws)
     if not len(encoded.report_features):
         return {}
     images, labels = images[encoded.report_rows], encoded.present[encoded.report_rows]
-    reports = [" ".join(encoded.records[row].report.split()) for row in encoded.report_rows]
-    number = {report: i for i, report in enumerate(dict.fromkeys(reports))}
-    text = torch.tensor([number[report] for report in reports])
-    first = np.unique(text.numpy(), return_index=True)[1]
+    text = numbered(" ".join(encoded.records[row].report.split()) for row in encoded.report_rows)
+    first = np.unique(text, return_index=True)[1]
     texts = torch.as_tensor(encoded.report_features[first])
-    known, results = labels.any(1), {}
+    patients, known, results = encoded.patients[encoded.report_rows], labels.any(1), {}
     if known.any():
-        own_texts = texts[text[known]]  # copies of a text are alike to the last bit, so that they tie
-        results |= class_level(images[known], own_texts, labels[known], labels[known], draws)
-    return results | instance_level(images, texts, text, draws)
+        sides = images[known], texts[text[known]]  # copies of a text are alike to the last bit, so they tie
+        results |= class_level(*sides, labels[known], labels[known], 2 * (patients[known],), draws)
+    return results | instance_level(images, texts, torch.tensor(text), (patients, patients[first]), draws)
 
 
 def drawn_by_patient(records, percent, seed):
@@ -553,7 +574,8 @@ def transfer(encoded, percent, scores, draws):
         metric_of_all, redraw = mean_of(metric)
         spread = np.std([metric(scores[..., t], *arrays) for t in range(T)], ddof=1) if T > 1 else 0.0
         told = {"trained": T, "spread": float(spread)}
-        return measured(metric_of_all, scores, *arrays, chance=chance, draws=draws, redraw=redraw, **told)
+        told |= {"chance": chance, "draws": draws, "patients": encoded.patients}
+        return measured(metric_of_all, scores, *arrays, redraw=redraw, **told)
 
     results, single = {}, present.sum(1) == 1
     if single.all() and present.shape[1] > 1:
@@ -728,11 +750,11 @@ def prompt_sensitivity(run, encoded, *, classes=None, draws=1000):
         scores = combined(encoded.image_features[single], encode_findings(run, texts), COMBINE[0])
         right[variant] = scores.argmax(1) == present[single].argmax(1)
     said = np.stack([each for variant, each in right.items() if variant != "negated"], axis=1)
-    of = {"chance": 1 / len(classes), "draws": draws}
+    of = {"chance": 1 / len(classes), "draws": draws, "patients": encoded.patients[single]}
     results = {
         "mean": measured(np.mean, said, **of, variants=said.shape[1]),
         "worst": measured(lambda right: right.mean(0).min(), said, **of),
-        "spread": measured(lambda right: right.mean(0).std(), said, draws=draws),
+        "spread": measured(lambda right: right.mean(0).std(), said, **of | {"chance": None}),
     }
     return results | {variant: measured(np.mean, each, **of) for variant, each in right.items()}
 
@@ -756,6 +778,7 @@ def prompt_words(run, encoded, *, draws=1000, near=3):
     findings = [name for column, name in enumerate(encoded.findings) if labels[single, column].any()]
     labels = labels[single][:, [encoded.findings.index(name) for name in findings]]
     reports, results = encoded.report_features[single], {}
+    of = {"draws": draws, "patients": encoded.patients[encoded.report_rows[single]]}
     texts = [prompts.label_prompt(name, run.args.template) for name in findings]
     for way, as_prompts in (("with the vectors", True), ("without", False)):
         features = encode_texts(run, texts, as_prompts)
@@ -765,9 +788,9 @@ def prompt_words(run, encoded, *, draws=1000, near=3):
         gap = partial(
             lambda reports, centre: np.linalg.norm(reports.mean(0) - centre), centre=features.mean(0)
         )
-        results[f"distance to the reports, {way}"] = measured(gap, reports, draws=draws)
-        results[f"cosine with the own reports, {way}"] = measured(np.mean, own, draws=draws)
-        results[f"cosine with other reports, {way}"] = measured(np.mean, others, draws=draws)
+        results[f"distance to the reports, {way}"] = measured(gap, reports, **of)
+        results[f"cosine with the own reports, {way}"] = measured(np.mean, own, **of)
+        results[f"cosine with other reports, {way}"] = measured(np.mean, others, **of)
     if run.model.prompt is not None:
         vectors = run.model.prompt.context.detach().float().cpu()
         words = run.model.text_encoder.bert.get_input_embeddings().weight.detach().float().cpu()
@@ -813,18 +836,19 @@ def false_negatives(run, encoded, *, pairs_of=2000, draws=1000):
     equal = umcl.label_mask(described, described, "equal").numpy()  # as in train.losses
     subset = umcl.label_mask(described, described, "subset").numpy() & ~equal
     similarity, others = images @ reports.T, ~np.eye(len(rows), dtype=bool)
+    patients = encoded.patients[encoded.report_rows[rows]]
     B, results = run.args.batch_size, {}
     for kind, pairs in (("equal", equal), ("subset", subset), ("other", ~equal & ~subset)):
         pairs = pairs & others
         share = pairs.sum(1) / (len(rows) - 1)
         results[f"{kind}: pairs, of {B * (B - 1)} in a batch"] = measured(
-            lambda share: share.mean() * B * (B - 1), share, draws=draws
+            lambda share: share.mean() * B * (B - 1), share, draws=draws, patients=patients
         )
         if not pairs.any():
             continue
         having = pairs.any(1)
         cosine = np.array([row[of].mean() for row, of in zip(similarity[having], pairs[having], strict=True)])
-        results[f"{kind}: cosine"] = measured(np.mean, cosine, draws=draws)
+        results[f"{kind}: cosine"] = measured(np.mean, cosine, draws=draws, patients=patients[having])
         if kind != "other":
             real = ~equal & ~subset & others
             both = np.flatnonzero(having & real.any(1))
@@ -832,7 +856,8 @@ def false_negatives(run, encoded, *, pairs_of=2000, draws=1000):
                 [auroc(similarity[i, m], pairs[i, m]) for i in both for m in [pairs[i] | real[i]]]
             )
             if len(nearer):
-                results[f"{kind}: AUROC against other"] = measured(np.mean, nearer, chance=0.5, draws=draws)
+                of = {"chance": 0.5, "draws": draws, "patients": patients[both]}
+                results[f"{kind}: AUROC against other"] = measured(np.mean, nearer, **of)
     return results
 
 
@@ -868,9 +893,11 @@ def similarity_maps(run, records, text_features):
     return maps[:, by_rows].view(-1, side, side).numpy()
 
 
-def boxed(run, encoded, prompt_set):
-    """Records with boxes and exactly one finding, one feature of that finding's prompts each."""
+def boxed(run, encoded, prompt_set, classes):
+    """Records with boxes and exactly one finding, one of the classes, and a feature of its prompts each."""
     records = [record for record in encoded.records if record.boxes and len(record.findings) == 1]
+    if classes:
+        records = [r for r in records if r.findings <= set(chosen_classes(encoded, classes)[0])]
     names = sorted({name for record in records for name in record.findings})
     if not names:
         return [], None
@@ -888,14 +915,14 @@ def cells_inside(boxes, side):
     return inside
 
 
-def pointing_game(run, encoded, *, prompt_set=None, draws=1000):
+def pointing_game(run, encoded, *, prompt_set=None, classes=None, draws=1000):
     """How often the cell that speaks most for an image's finding lies in the finding's box.
 
     Over the square images with exactly one finding and its box; chance is a blind choice of a cell, the mean
     share of cells in the box. "another's map" takes the hottest cell of another image with the same finding:
     what the pointing has more than that is seen in the image itself and is not the finding's usual place.
     """
-    records, texts = boxed(run, encoded, prompt_set)
+    records, texts = boxed(run, encoded, prompt_set, classes)
     if not records:
         return {}
     maps = similarity_maps(run, records, texts)
@@ -907,19 +934,20 @@ def pointing_game(run, encoded, *, prompt_set=None, draws=1000):
     another = hottest.copy()
     for name in set(finding.tolist()):
         another[finding == name] = np.roll(hottest[finding == name], 1)
-    results = {}
+    results, patients = {}, numbered((record.source, record.patient) for record in records)
     for name, cell in (("all", hottest), ("another's map", another)):
-        results[name] = measured(np.mean, inside[rows, cell], chance=inside.mean(), draws=draws)
+        of = {"chance": inside.mean(), "draws": draws, "patients": patients}
+        results[name] = measured(np.mean, inside[rows, cell], **of)
     for name in sorted(set(finding.tolist())):
         of = finding == name
-        right = inside[rows, hottest][of]
-        results[name] = measured(np.mean, right, chance=inside[of].mean(), draws=draws)
+        told = {"chance": inside[of].mean(), "draws": draws, "patients": patients[of]}
+        results[name] = measured(np.mean, inside[rows, hottest][of], **told)
     return results
 
 
-def heatmap(run, encoded, path, prompt_set=None, each=2):
+def heatmap(run, encoded, path, prompt_set=None, classes=None, each=2):
     """A picture of images with boxes beside their similarity maps, red where most speaks for the finding."""
-    records, texts = boxed(run, encoded, prompt_set)
+    records, texts = boxed(run, encoded, prompt_set, classes)
     if not records:
         raise BadInput("--heatmap needs images with one finding and its box, and these data have none")
     of_finding = {}
@@ -1095,7 +1123,7 @@ def build_parser():
     p.add_argument("--split", choices=data.SPLITS, default="test")
     p.add_argument("--limit", type=positive, help="only the first N records of each data set")
     p.add_argument("--ids", metavar="FILE", help="exactly the images of this list of `data.py protocol`")
-    p.add_argument("--classes", nargs="+", help='zero-shot between these, such as COVID-19 "No Finding"')
+    p.add_argument("--classes", nargs="+", help='only these by prompt, such as COVID-19 "No Finding"')
     s = p.add_mutually_exclusive_group()
     s.add_argument("--prompt-set", choices=[*prompts.TEMPLATES, "ensemble"],
                    help="zero-shot prompts; default the trained template; ensemble: all there are")
@@ -1140,6 +1168,7 @@ def run_tasks(args, run, encoded, chosen):
     import transformers
 
     labels, reports = fingerprint(encoded.records)
+    with_report = {record.source for record in encoded.records if record.report}
     known = {
         "data": chosen,
         "checkpoint": str(args.checkpoint),
@@ -1149,6 +1178,7 @@ def run_tasks(args, run, encoded, chosen):
             "labelled": int(encoded.present.any(1).sum()),
         },
         "fingerprint": {"labels": labels, "reports": reports},
+        "reports": {name: text for name, text in data.REPORTS.items() if name in with_report},
         "seed": run.args.seed,
         "commit": commit(),
         "versions": {m.__name__: m.__version__ for m in (np, torch, torchvision, transformers)},
@@ -1185,41 +1215,76 @@ def run_tasks(args, run, encoded, chosen):
 
 
 def flags_that_differ(runs):
-    """{flag: [value in each run]} of what can change a result."""
-    apart = {"out", "device", "workers", "log_every"}
+    """{flag: [value in each run]} of what can change a result but the seed."""
+    apart = {"out", "device", "workers", "log_every", "save_every", "resume", "seed"}
     names = dict.fromkeys(name for run in runs for name in vars(run.args) if name not in apart)
     values = {name: [getattr(run.args, name, None) for run in runs] for name in names}
     return {name: each for name, each in values.items() if any(value != each[0] for value in each)}
 
 
+def groups_by_flags(runs):
+    """[{seed: which run}, ...]: runs that differ in nothing but the seed are one group."""
+    groups, flags = [], list(flags_that_differ(runs).values())
+    for i, run in enumerate(runs):
+        alike = (g for g in groups if all(each[i] == each[min(g.values())] for each in flags))
+        group = next((group for group in alike if run.args.seed not in group), None)
+        if group is None:  # its options are others, or two checkpoints of one run are compared
+            groups.append(group := {})
+        group[run.args.seed] = i
+    return groups
+
+
 def difference(one, other, draws=1000):
     """Second entry less the first and its interval, drawn from both alike -> (value, low, high)."""
-    (metric, first), (_, second) = one["of"], other["of"]
+    (metric, first, patients), (_, second, _) = one["of"], other["of"]
 
     def less(*arrays):
         return metric(*arrays[len(first) :]) - metric(*arrays[: len(first)])
 
-    return other["value"] - one["value"], *bootstrap_ci(less, *first, *second, n=draws)
+    return other["value"] - one["value"], *bootstrap_ci(less, *first, *second, n=draws, patients=patients)
+
+
+# 97.5 % of Student's t, for the mean of so many seeds; for more than ten the last, which is a little wide
+T_OF = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+
+
+def mean_over_seeds(values):
+    """The mean and, of several, half the width of its 95 % interval -> str."""
+    if len(values) < 2:
+        return "".join(f"{value:.3f}" for value in values)
+    error = np.std(values, ddof=1) / len(values) ** 0.5
+    return f"{np.mean(values):.3f} ± {T_OF[min(len(values), 10)] * error:.3f}"
 
 
 def print_comparison(paths, runs, results):
-    """The runs side by side, and what each has more than the first: paired differences, 95 %."""
-    for i, path in enumerate(paths, 1):
-        print(f"run {i}: {path}")
-    for name, values in flags_that_differ(runs).items():
+    """Groups of runs that differ in the seed alone, side by side, and what each has more than the first.
+
+    Of one run each: paired differences, their intervals drawn from the test set. Of several seeds: mean and
+    interval over the seeds, and so for the differences between runs of the same seed.
+    """
+    groups = groups_by_flags(runs)
+    for number, group in enumerate(groups, 1):
+        print(f"{number}: {', '.join(str(paths[i]) for i in group.values())}")
+    for name, values in flags_that_differ([runs[min(group.values())] for group in groups]).items():
         print(f"  --{name.replace('_', '-')}: " + " | ".join(map(str, values)))
     metrics = [(task, metric) for task, each in results[0].items() for metric in each]
     metrics = [(task, m) for task, m in metrics if all(m in each.get(task, ()) for each in results)]
     width = max(len(f"{task}  {metric}") for task, metric in metrics)
-    others = range(2, len(paths) + 1)
-    print(f"{'':{width}}" + "".join(f"{f'run {i + 1}':>8}" for i in range(len(paths))), end="")
-    print("".join(f"{f'{i} less 1':>28}" for i in others))
+    numbers = range(1, len(groups) + 1)
+    print(f"{'':{width}}" + "".join(f"{i:>16}" for i in numbers), end="")
+    print("".join(f"{f'{i} less 1':>28}" for i in numbers[1:]))
     for task, metric in metrics:
-        entries = [each[task][metric] for each in results]
-        line = f"{f'{task}  {metric}':{width}}" + "".join(f"{entry['value']:8.3f}" for entry in entries)
-        for entry in entries[1:]:
-            value, low, high = difference(entries[0], entry)
-            line += f"{f'{value:+.3f} ({low:+.3f} to {high:+.3f})':>28}"
+        of = [{seed: results[i][task][metric] for seed, i in group.items()} for group in groups]
+        line = f"{f'{task}  {metric}':{width}}"
+        for group in of:
+            line += f"{mean_over_seeds([entry['value'] for entry in group.values()]):>16}"
+        for group in of[1:]:
+            pairs = [(of[0][seed], group[seed]) for seed in group if seed in of[0]]
+            if len(pairs) == 1:
+                value, low, high = difference(*pairs[0])
+                line += f"{f'{value:+.3f} ({low:+.3f} to {high:+.3f})':>28}"
+            else:
+                line += f"{mean_over_seeds([other['value'] - one['value'] for one, other in pairs]):>28}"
         print(line)
 
 
@@ -1250,7 +1315,7 @@ def evaluate(args):
     if args.gallery:
         gallery(run, encoded, args.gallery)
     if args.heatmap:
-        heatmap(run, encoded, args.heatmap, args.prompt_set)
+        heatmap(run, encoded, args.heatmap, args.prompt_set, args.classes)
     if len(runs) > 1:
         print_comparison(paths, runs, results)
     return 0

@@ -39,6 +39,7 @@ import data
 import evaluate
 import prompts
 from data import BadInput
+from evaluate import positive
 from umcl import (
     MAX_LOGIT_SCALE,
     UMCL,
@@ -70,12 +71,6 @@ PRESETS = {  # REPRODUCE.md compares the values of "paper" with those of the fam
         embed_dim=512, batch_size=128, epochs=15, lr=5e-5, weight_decay=1e-4, workers=4,
     ),
 }
-
-
-def positive(text):
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
 
 
 def share(text):
@@ -408,7 +403,7 @@ def load_checkpoint(path, device="cpu"):
 
 
 def checkpoint_run(state, device):
-    args = argparse.Namespace(**state["args"])
+    args = argparse.Namespace(**vars(build_parser().parse_args([])) | state["args"])  # options may be younger
     # "_" marks the library's own state, by which older versions would choose another form of attention.
     fields = {name: value for name, value in json.loads(state["bert"]).items() if name[0] != "_"}
     bert = BertModel(BertConfig.from_dict(fields), add_pooling_layer=False)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -97,6 +98,15 @@ def test_recall_equals_its_slow_twin(seed):
     similarity = np.random.default_rng(seed).integers(0, 15, (15, 15))  # many ties
     ahead = [sum(row[j] >= row[i] for j in range(15) if j != i) for i, row in enumerate(similarity)]
     assert recall_at_k(similarity) == {k: np.mean([a < k for a in ahead]) for k in (1, 5, 10)}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_without_ties_recall_and_median_rank_are_those_of_open_clip(seed):
+    """Its definition: the place of the own partner in the candidates sorted by similarity, below K."""
+    similarity = torch.randn(40, 40, generator=torch.Generator().manual_seed(seed))
+    place = (similarity.argsort(dim=1, descending=True) == torch.arange(40)[:, None]).nonzero()[:, 1]
+    assert recall_at_k(similarity) == {k: (place < k).double().mean().item() for k in (1, 5, 10)}
+    assert torch.equal(own_rank(similarity).long(), place)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -206,11 +216,11 @@ def share_covered(metric, sample, truth, draws):
     return covered / 1000
 
 
-def test_of_a_hundred_intervals_of_an_accuracy_about_95_hold_the_truth():
+def test_of_1000_intervals_of_an_accuracy_about_950_hold_the_truth():
     assert 0.92 <= share_covered(np.mean, lambda rng: [rng.random(200) < 0.7], 0.7, 200) <= 0.97
 
 
-def test_of_a_hundred_intervals_of_an_auroc_about_95_hold_the_truth():
+def test_of_1000_intervals_of_an_auroc_about_950_hold_the_truth():
     labels = np.arange(150) % 3 == 0
 
     def sample(rng):
@@ -723,6 +733,7 @@ def test_a_result_says_what_it_was_made_of(assess, tmp_path):
     assert assess("--task", "retrieval") == 0
     (entry,) = json.loads((tmp_path / "results.json").read_text()).values()
     assert entry["counts"] == {"images": 5, "reports": 5, "labelled": 5} and entry["seed"] == 0
+    assert entry["reports"] == {"phantom": data.REPORTS["phantom"]}
     assert {"torch", "numpy", "transformers"} <= entry["versions"].keys() and "commit" in entry
 
 
@@ -763,6 +774,66 @@ def test_the_interval_of_a_difference_is_that_of_the_mean_difference():
     assert paired(one, other)[1:] == pytest.approx(bootstrap_ci(np.mean, other - one))
 
 
+def test_whole_patients_are_drawn():
+    """Twenty patients with five like images each are as good as twenty images."""
+    patient = np.random.default_rng(0).permutation(np.repeat(np.arange(20), 5))
+    values = np.random.default_rng(1).random(20)
+    drawn = bootstrap_ci(np.mean, values[patient], patients=patient)
+    assert drawn == pytest.approx(bootstrap_ci(np.mean, values), abs=1e-12)
+    low, high = bootstrap_ci(np.mean, values[patient])
+    assert high - low < 0.7 * (drawn[1] - drawn[0])  # √5 times as narrow, and wrong
+
+
+def test_results_say_of_how_many_patients_they_are(run):
+    records = data.load_records(["phantom=16"], "test", 20)
+    records = [replace(record, patient=str(i % 7)) for i, record in enumerate(records)]
+    encoded = evaluate.encode(run, records)
+    found = evaluate.zero_shot(run, encoded, draws=20) | evaluate.retrieval(run, encoded, draws=20)
+    assert {entry["patients"] for name, entry in found.items() if "AUROC" not in name} == {7}
+
+
+@pytest.fixture
+def family(tiny_run, tmp_path):
+    """Folders of runs with these options changed and weights of their own, by (number, {option: value})."""
+
+    def make(number, changed):
+        folder = tmp_path / f"run{number}"
+        shutil.copytree(tiny_run, folder)
+        saved = torch.load(folder / "best.pt", weights_only=True)
+        saved["args"] |= changed
+        noise = torch.Generator().manual_seed(number)
+        weight = saved["model"]["image_projection.weight"]
+        weight += torch.randn(weight.shape, generator=noise)
+        torch.save(saved, folder / "best.pt")
+        return str(folder)
+
+    return make
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_group(family, tmp_path, capsys):
+    masks = (True, False)
+    folders = [
+        family(3 * mask + seed, {"label_mask": mask, "seed": seed}) for mask in masks for seed in range(3)
+    ]
+    flags = ["--task", "zero-shot", "--limit", "40", "--out", str(tmp_path / "results.json")]
+    assert evaluate.main(["--compare", *folders, *flags]) == 0
+    found = {
+        e["checkpoint"]: e["metrics"] for e in json.loads((tmp_path / "results.json").read_text()).values()
+    }
+    values = np.array([found[f"{folder}/best.pt"]["accuracy"]["value"] for folder in folders]).reshape(2, 3)
+    line = next(
+        line for line in capsys.readouterr().out.splitlines()[::-1] if line.startswith("zero-shot  accuracy")
+    )
+    cells = [values[0], values[1], values[1] - values[0]]
+    expected = [(each.mean(), 4.303 * each.std(ddof=1) / 3**0.5) for each in cells]
+    assert re.findall(r"-?\d\.\d{3} ± \d\.\d{3}", line) == [f"{m:.3f} ± {h:.3f}" for m, h in expected]
+
+
+def test_two_checkpoints_of_one_run_are_two_groups(tiny_run):
+    run = train.load_checkpoint(tiny_run / "best.pt")
+    assert evaluate.groups_by_flags([run, run]) == [{0: 0}, {0: 1}]
+
+
 def test_runs_stand_side_by_side_with_the_flags_that_differ(tiny_run, tmp_path, monkeypatch, capsys):
     shutil.copytree(tiny_run, tmp_path / "other")
     saved = torch.load(tmp_path / "other" / "best.pt", weights_only=True)
@@ -771,7 +842,7 @@ def test_runs_stand_side_by_side_with_the_flags_that_differ(tiny_run, tmp_path, 
     torch.save(saved, tmp_path / "other" / "best.pt")
     flags = ["--task", "zero-shot", "--limit", "20", "--out", str(tmp_path / "results.json")]
     assert evaluate.main(["--compare", str(tiny_run), str(tmp_path / "other"), *flags]) == 0
-    table = capsys.readouterr().out.partition("run 1:")[2]
+    table = capsys.readouterr().out.partition("\n1: ")[2]
     assert "--label-mask: True | False" in table and "--seed" not in table
     assert "2 less 1" in table and "zero-shot  AUROC mean" in table
     assert len(json.loads((tmp_path / "results.json").read_text())) == 2
