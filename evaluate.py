@@ -954,17 +954,14 @@ def heatmap(run, encoded, path, prompt_set=None, classes=None, each=2):
     for row, record in enumerate(records):
         of_finding.setdefault(*record.findings, []).append(row)
     rows = [row for name in sorted(of_finding) for row in of_finding[name][:each]]
-    side, font, tiles = 224, ImageFont.load_default(13), []
+    side, font, tiles = 144, ImageFont.load_default(13), []
     for row, cells in zip(rows, similarity_maps(run, [records[r] for r in rows], texts[rows]), strict=True):
         grey = data.read_image(records[row].image).resize((side, side)).convert("RGB")
         heat = Image.fromarray((255 * (cells - cells.min()) / np.ptp(cells).clip(1e-9)).astype(np.uint8))
         red = Image.composite(
             Image.new("RGB", (side, side), "red"), grey, heat.resize((side, side)).point(lambda v: v // 2)
         )
-        for picture, title in (
-            (grey, "".join(records[row].findings)),
-            (red, "what speaks for it, and its box"),
-        ):
+        for picture, title in (grey, "".join(records[row].findings)), (red, "its map and its box"):
             tile = Image.new("RGB", (side, side + 22), "white")
             tile.paste(picture, (0, 22))
             draw = ImageDraw.Draw(tile)
