@@ -656,17 +656,20 @@ STEPS, PATIENCE, LOOKS = 20, 5, 40  # of fine_tuned, all ours
 FINE_TUNE_LR = 1e-4
 
 
-@torch.no_grad()
-def tower_scores(run, tower, records):
-    """(N, C) float32, in evaluation mode; every image must be readable."""
-    tower.eval()
-    transform, found = data.evaluation_transform(run.args.image_size), []
+def image_batches(run, records):
+    """(B, 1, H, W) float each, on the run's device; every image must be readable."""
+    transform = data.evaluation_transform(run.args.image_size)
     for i in range(0, len(records), run.args.batch_size):
         images = [transform(data.read_image(r.image)) for r in records[i : i + run.args.batch_size]]
-        images = data.normalise(torch.stack(images).to(run.device))
-        with run.autocast():
-            found.append(tower(images).float().cpu())
-    return torch.cat(found).numpy()
+        yield data.normalise(torch.stack(images).to(run.device))
+
+
+@torch.no_grad()
+def tower_scores(run, tower, records):
+    """(N, C) float32, in evaluation mode."""
+    tower.eval()
+    with run.autocast():
+        return torch.cat([tower(images).float().cpu() for images in image_batches(run, records)]).numpy()
 
 
 def fine_tuned(run, records, valid, findings, seed):
@@ -875,21 +878,18 @@ def similarity_maps(run, records, text_features):
         (N, S, S) float32
     """
     run.model.eval()
-    args, cells, maps = run.args, [], []
-    transform = data.evaluation_transform(args.image_size)
+    cells, maps = [], []
+    texts = torch.as_tensor(text_features).to(run.device).split(run.args.batch_size)
     with run.model.image_encoder.norm.register_forward_hook(lambda *found: cells.append(found[2])):
-        for i in range(0, len(records), args.batch_size):
-            images = [transform(data.read_image(r.image)) for r in records[i : i + args.batch_size]]
-            images = data.normalise(torch.stack(images).to(run.device))
+        for images, of_images in zip(image_batches(run, records), texts, strict=True):
             with run.autocast():
                 pooled = run.model.image_encoder(images)
                 of_cells = run.model.image_projection(cells.pop()).float()  # (B, S², D)
                 length = run.model.image_projection(pooled).float().norm(dim=-1)
-            texts = torch.as_tensor(text_features[i : i + args.batch_size]).to(run.device)
-            maps.append((of_cells @ texts[:, :, None])[..., 0] / length[:, None])
+            maps.append((of_cells @ of_images[:, :, None])[..., 0] / length[:, None])
     maps = torch.cat(maps).cpu()
     side = int(maps.shape[1] ** 0.5)
-    by_rows = umcl.window_order(side, min(args.window_size, side)).argsort()  # tokens lie window by window
+    by_rows = umcl.window_order(side, min(run.args.window_size, side)).argsort()  # they lie window by window
     return maps[:, by_rows].view(-1, side, side).numpy()
 
 
