@@ -897,7 +897,8 @@ def boxed(run, encoded, prompt_set, classes):
     """Records with boxes and exactly one finding, one of the classes, and a feature of its prompts each."""
     records = [record for record in encoded.records if record.boxes and len(record.findings) == 1]
     if classes:
-        records = [r for r in records if r.findings <= set(chosen_classes(encoded, classes)[0])]
+        chosen = set(chosen_classes(encoded, classes)[0])
+        records = [record for record in records if record.findings <= chosen]
     names = sorted({name for record in records for name in record.findings})
     if not names:
         return [], None
@@ -1120,7 +1121,9 @@ def build_parser():
     p.add_argument("--split", choices=data.SPLITS, default="test")
     p.add_argument("--limit", type=positive, help="only the first N records of each data set")
     p.add_argument("--ids", metavar="FILE", help="exactly the images of this list of `data.py protocol`")
-    p.add_argument("--classes", nargs="+", help='only these by prompt, such as COVID-19 "No Finding"')
+    p.add_argument("--classes", nargs="+", metavar="NAME",
+                   help='findings asked for by prompts, such as COVID-19 "No Finding"; default those of the '
+                        "data, or of --findings in training")
     s = p.add_mutually_exclusive_group()
     s.add_argument("--prompt-set", choices=[*prompts.TEMPLATES, "ensemble"],
                    help="zero-shot prompts; default the trained template; ensemble: all there are")
@@ -1185,6 +1188,7 @@ def run_tasks(args, run, encoded, chosen):
     given = {
         **vars(args),
         "prompt_set": args.prompt_set or run.args.template,
+        "classes": args.classes or [n for n in run.args.findings or () if n in encoded.findings] or None,
         "load": lambda split: data.load_records(args.data or run.args.data, split, args.limit, **settings),
     }
     for task in TASKS if "all" in args.task else args.task:
@@ -1205,15 +1209,17 @@ def run_tasks(args, run, encoded, chosen):
         name = ", ".join([task, of_run, chosen, *(f"{k} {v}" for k, v in told.items())])
         entries[name] = {"task": task, "options": told, **known, "metrics": metrics}
         if "prompt_set" in told:
-            classes = args.classes or encoded.findings
+            classes = told.get("classes") or encoded.findings
             entries[name]["prompts"] = read_prompts(told["prompt_set"], classes)
             entries[name]["not trained"] = [each for each in classes if each not in run.findings]
     return results, entries
 
 
 def flags_that_differ(runs):
-    """{flag: [value in each run]} of what can change a result but the seed."""
-    apart = {"out", "device", "workers", "log_every", "save_every", "resume", "seed"}
+    """{flag: [value in each run]} of what can change a result but the seed, and the commit."""
+    from train import MACHINE  # train imports this module
+
+    apart = {"out", "resume", "seed", *MACHINE}
     names = dict.fromkeys(name for run in runs for name in vars(run.args) if name not in apart)
     values = {name: [getattr(run.args, name, None) for run in runs] for name in names}
     return {name: each for name, each in values.items() if any(value != each[0] for value in each)}
@@ -1232,8 +1238,13 @@ def groups_by_flags(runs):
 
 
 def difference(one, other, draws=1000):
-    """Second entry less the first and its interval, drawn from both alike -> (value, low, high)."""
+    """Second entry less the first and its interval, drawn from both alike -> (value, low, high).
+
+    Where the two are about different things, vectors of two prompts say, there is none: nan.
+    """
     (metric, first, patients), (_, second, _) = one["of"], other["of"]
+    if len(first[0]) != len(second[0]):
+        return other["value"] - one["value"], np.nan, np.nan
 
     def less(*arrays):
         return metric(*arrays[len(first) :]) - metric(*arrays[: len(first)])
@@ -1245,12 +1256,14 @@ def difference(one, other, draws=1000):
 T_OF = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
-def mean_over_seeds(values):
-    """The mean and, of several, half the width of its 95 % interval -> str."""
-    if len(values) < 2:
-        return "".join(f"{value:.3f}" for value in values)
+def mean_over_seeds(values, sign=""):
+    """The mean and, of several, half the width of its 95 % interval -> str, "" of none."""
+    if not values:
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:{sign}.3f}"
     error = np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{np.mean(values):.3f} ± {T_OF[min(len(values), 10)] * error:.3f}"
+    return f"{np.mean(values):{sign}.3f} ± {T_OF[min(len(values), 10)] * error:.3f}"
 
 
 def print_comparison(paths, runs, results):
@@ -1266,22 +1279,22 @@ def print_comparison(paths, runs, results):
         print(f"  --{name.replace('_', '-')}: " + " | ".join(map(str, values)))
     metrics = [(task, metric) for task, each in results[0].items() for metric in each]
     metrics = [(task, m) for task, m in metrics if all(m in each.get(task, ()) for each in results)]
-    width = max(len(f"{task}  {metric}") for task, metric in metrics)
+    width = max((len(f"{task}  {metric}") for task, metric in metrics), default=0)
     numbers = range(1, len(groups) + 1)
-    print(f"{'':{width}}" + "".join(f"{i:>16}" for i in numbers), end="")
+    print(f"{'':{width}}" + "".join(f"{i:>18}" for i in numbers), end="")
     print("".join(f"{f'{i} less 1':>28}" for i in numbers[1:]))
     for task, metric in metrics:
         of = [{seed: results[i][task][metric] for seed, i in group.items()} for group in groups]
         line = f"{f'{task}  {metric}':{width}}"
         for group in of:
-            line += f"{mean_over_seeds([entry['value'] for entry in group.values()]):>16}"
+            line += f"{mean_over_seeds([entry['value'] for entry in group.values()]):>18}"
         for group in of[1:]:
             pairs = [(of[0][seed], group[seed]) for seed in group if seed in of[0]]
-            if len(pairs) == 1:
+            cell = mean_over_seeds([other["value"] - one["value"] for one, other in pairs], "+")
+            if len(of[0]) == len(group) == len(pairs) == 1:
                 value, low, high = difference(*pairs[0])
-                line += f"{f'{value:+.3f} ({low:+.3f} to {high:+.3f})':>28}"
-            else:
-                line += f"{mean_over_seeds([other['value'] - one['value'] for one, other in pairs]):>28}"
+                cell = f"{value:+.3f} ({low:+.3f} to {high:+.3f})"
+            line += f"{cell:>28}"
         print(line)
 
 

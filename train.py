@@ -98,7 +98,7 @@ def build_parser():
     p.add_argument("--uncertain", choices=data.UNCERTAIN, default="ignore",
                    help="what a labeler's -1 becomes: unknown, 0, 1, or each of the two by finding")
     p.add_argument("--findings", nargs="+", metavar="NAME",
-                   help="the labels to learn from, such as five of CheXpert's 14; default all")
+                   help="labels to learn from, such as five of CheXpert's 14; the mask sees no others either")
     p.add_argument("--hold-out", nargs="+", default=[], metavar="FILE",
                    help="lists of `data.py protocol`; the patients of their images are kept out")
     p.add_argument("--preset", choices=PRESETS, help="without it small for phantoms, paper for other data")
@@ -117,7 +117,7 @@ def build_parser():
     a.add_argument("--mask-rule", choices=("equal", "subset"),
                    help="one for all texts; default equal for reports and subset for label prompts")
     a.add_argument("--positives", action="store_true",
-                   help="same-label pairs are attracted, as in UniCL, not just removed")
+                   help="same-label pairs are attracted, as in UniCL, not removed; unknown counts as absent")
     a.add_argument("--image-text", action=on_off, default=True, help="off: no report is read")
     a.add_argument("--image-label", action=on_off, default=True, help="off: no label prompt is made")
     a.add_argument("--prompt-weight", type=float, default=1.0, help="λ, of the label prompts' loss (ours)")
@@ -187,8 +187,9 @@ def parse_args(argv=None):
         raise BadInput(
             f"{args.out} already holds a run; give another --out, or go on with --resume {args.out}"
         )
-    if args.positives and not args.label_mask:
-        raise BadInput("--positives needs to know the pairs of the same label; leave --no-label-mask out")
+    if (args.positives or args.mask_rule) and not args.label_mask:
+        raise BadInput("--positives and --mask-rule are about the label mask; leave --no-label-mask out")
+    args.commit = evaluate.commit()
     args.held_out = [data.fingerprint(data.read_ids(file)) for file in args.hold_out]
     return args
 
@@ -506,8 +507,8 @@ def losses(args, batch, features, scale):
     counts = len(batch.rows), len(batch.report_rows), len(batch.prompt_labels)
     images, reports, prompt_features = features.split(counts)
     described = batch.report_labels
-    # An unknown finding makes no negative for its prompt, and no positive either.
-    fitting = batch.present if args.positives else ~batch.absent
+    # An unknown finding makes no negative for its prompt; rule "equal" and UniCL's loss have no third state.
+    fitting = batch.present if args.positives or args.mask_rule == "equal" else ~batch.absent
     named, of_row = batch.prompt_labels[batch.prompt_index], prompt_features[batch.prompt_index]
     pairs = {
         "report": ("equal", images[batch.report_rows], reports, described, described),
@@ -746,6 +747,8 @@ def new_run(args, records):
     findings = data.vocabulary(records)
     texts = [record.report for record in records if record.report is not None]
     texts += [text for each in prompts.prompt_set(findings, "ensemble").values() for text in each]
+    if args.template not in prompts.TEMPLATES:
+        texts += [prompts.label_prompt(finding, args.template) for finding in findings]
     bert, tokenizer = build_text(args, texts)
     model = build_model(args, bert)
     if args.image_weights:

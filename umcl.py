@@ -94,7 +94,7 @@ def unicl_loss(image_features, text_features, logit_scale, positives):
     """UniCL's loss (arXiv 2204.03610), to compare: what the mask would remove is attracted instead.
 
     Args: as for contrastive_loss; positives: (N, N) bool, pairs that share the softmax's target in equal
-        parts. The diagonal always counts.
+        parts; all others are negatives. The diagonal always counts.
     """
     own = torch.eye(len(positives), dtype=torch.bool, device=positives.device)
     logits = logit_scale * image_features @ text_features.T

@@ -829,6 +829,25 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group(family, tmp_path, caps
     assert re.findall(r"-?\d\.\d{3} ± \d\.\d{3}", line) == [f"{m:.3f} ± {h:.3f}" for m, h in expected]
 
 
+def test_runs_of_two_commits_are_two_groups(family, capsys):
+    runs = [train.load_checkpoint(f"{family(n, {'seed': n, 'commit': 'ab'[n]})}/best.pt") for n in range(2)]
+    assert evaluate.groups_by_flags(runs) == [{0: 0}, {1: 1}]
+
+
+def test_prompts_of_two_lengths_have_a_difference_and_no_interval():
+    one, other = (evaluate.measured(np.mean, np.arange(n), draws=0) for n in (4, 8))
+    value, low, high = evaluate.difference(one, other)
+    assert value == 2 and math.isnan(low) and math.isnan(high)
+
+
+def test_a_run_of_some_findings_is_asked_for_these(family, tmp_path):
+    folder = family(0, {"findings": ["Cardiomegaly", "Edema"]})
+    flags = ["--task", "zero-shot", "--limit", "40", "--out", str(tmp_path / "results.json")]
+    assert evaluate.main(["--checkpoint", folder, *flags]) == 0
+    (entry,) = json.loads((tmp_path / "results.json").read_text()).values()
+    assert entry["metrics"]["accuracy"]["chance"] == 0.5 and "AUROC Consolidation" not in entry["metrics"]
+
+
 def test_two_checkpoints_of_one_run_are_two_groups(tiny_run):
     run = train.load_checkpoint(tiny_run / "best.pt")
     assert evaluate.groups_by_flags([run, run]) == [{0: 0}, {0: 1}]
