@@ -89,7 +89,7 @@ def prompt_set(findings, name, worded=wordings):
 
 
 def variants(findings, template):
-    """The prompts that one could have written instead: each differs from the trained one by one habit (ours).
+    """The trained prompt and those that one could have written instead, each other by one habit (ours).
 
     Every template with the first and the last wording; the trained prompt in upper case, with a capital, with
     a full stop or without its own, and in quotes; and "negated", which says the opposite.
