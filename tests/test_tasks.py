@@ -366,6 +366,14 @@ def test_phantoms_with_one_finding_have_its_box():
         assert 0 <= left < right <= 1 and 0 <= top < bottom <= 1
 
 
+def test_the_pointing_game_is_played_for_the_chosen_classes(tiny_run, tmp_path):
+    flags = ["--task", "pointing-game", "--classes", "Edema", "--limit", "20"]
+    file = tmp_path / "results.json"
+    assert evaluate.main(["--checkpoint", str(tiny_run), *flags, "--out", str(file)]) == 0
+    (entry,) = json.loads(file.read_text()).values()
+    assert entry["metrics"].keys() == {"all", "another's map", "Edema"}
+
+
 def test_a_heatmap_is_drawn_on_demand(tiny_run, tmp_path):
     flags = ["--task", "pointing-game", "--limit", "10", "--heatmap", str(tmp_path / "heat.png")]
     assert evaluate.main(["--checkpoint", str(tiny_run), *flags, "--out", str(tmp_path / "r.json")]) == 0

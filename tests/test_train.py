@@ -681,6 +681,12 @@ def test_bad_options_are_one_sentence(pretrain, capsys, flags, named):
     assert pretrain(*flags.split()) == 2 and named in refusal(capsys)
 
 
+@pytest.mark.parametrize("flag", ["--label-noise=1.5", "--label-drop=-1", "--label-records=half"])
+def test_shares_are_between_0_and_1(flag):
+    with pytest.raises(SystemExit, match="2"):
+        train.parse_args([flag])
+
+
 def test_an_unknown_template_is_answered_with_the_known_ones(capsys):
     with pytest.raises(SystemExit, match="2"):
         train.main(["--template", "poem"])
