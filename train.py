@@ -796,22 +796,46 @@ def signals_noted():
             signal.signal(number, handler)
 
 
-def event_writer(out, step):
-    """TensorBoard's writer, from `step` on, or None where tensorboard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(out, purge_step=step + 1)
+class Log:
+    """RUN/log.jsonl, and its numbers as TensorBoard events where tensorboard is installed."""
+
+    def __init__(self, out, step, size):
+        """Goes on behind the first `size` bytes: what a broken run wrote after its last save is dropped."""
+        self.file = open(Path(out, "log.jsonl"), "a")
+        self.file.truncate(min(size, self.file.tell()))
+        self.file.seek(0, os.SEEK_END)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.events = SummaryWriter(out, purge_step=step + 1)
+        except ImportError:
+            self.events = None
+
+    def write(self, line):
+        """One object; JSON has no word for what is not finite."""
+        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self.file.write(json.dumps(line) + "\n")
+        for name, value in line.items():
+            if self.events and isinstance(value, int | float):
+                self.events.add_scalar(name, value, line["step"])
+
+    def size(self):
+        """Bytes, all of them put on the disk."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return self.file.tell()
+
+    def close(self):
+        self.file.close()
 
 
-def write_line(log, events, line):
-    """One object a line, and its numbers as TensorBoard events; JSON has no word for what is not finite."""
-    line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-    log.write(json.dumps(line) + "\n")
-    for name, value in line.items():
-        if events and isinstance(value, int | float):
-            events.add_scalar(name, value, line["step"])
+def describe(run, records, valid):
+    """Says what there is to learn from and what learns."""
+    reports, labelled = sum(r.report is not None for r in records), sum(bool(r.findings) for r in records)
+    say(f"{len(records):,} images to train on, {reports:,} with a report and {labelled:,} with a label")
+    say(f"{len(valid):,} to validate, {len(run.findings)} findings")
+    for name, part in run.model.named_children():
+        say(f"{name}: {sum(p.numel() for p in part.parameters()):,} parameters")
 
 
 def train(args):
@@ -833,45 +857,34 @@ def train(args):
     loader = training_loader(run, records, first)
     steps = args.epochs * per_epoch
     warmup = math.ceil(args.warmup * steps)
-
-    reports, labelled = sum(r.report is not None for r in records), sum(bool(r.findings) for r in records)
-    say(f"{len(records):,} images to train on, {reports:,} with a report and {labelled:,} with a label")
-    say(f"{len(valid):,} to validate, {len(run.findings)} findings")
-    for name, part in run.model.named_children():
-        say(f"{name}: {sum(p.numel() for p in part.parameters()):,} parameters")
+    describe(run, records, valid)
 
     out, skips = Path(args.out), torch.tensor(progress["skips"], device=device, dtype=torch.float)
     started = time.time() - progress["seconds"]
     out.mkdir(parents=True, exist_ok=True)
-    log_file = out / "log.jsonl" if rank() == 0 else os.devnull
+    log = Log(out, first, progress["log"]) if rank() == 0 else None  # others write nothing
     bar = tqdm(total=steps, initial=first, unit="step", mininterval=1, disable=rank() > 0)
 
     def save():
         """Before an epoch's validation, so that a run that is resumed there validates again."""
-        log.flush()
-        os.fsync(log.fileno())
-        progress.update(log=log.tell(), seconds=time.time() - started, skips=[int(n) for n in skips])
+        progress.update(log=log.size(), seconds=time.time() - started, skips=[int(n) for n in skips])
         save_checkpoint(out / "last.pt", run, progress, optimizer=optimizer.state_dict())
 
     def validate():
         scores = evaluate.quick_scores(run, valid)
         run.model.train()
         where = {"step": progress["step"], "epoch": progress["epoch"]}
-        write_line(log, events, where | scores)
+        log.write(where | scores)
         bar.write(f"epoch {where['epoch']}: {', '.join(f'{name} {v:.3f}' for name, v in scores.items())}")
         if sum(scores.values()) >= progress["best"]:
             progress["best"] = sum(scores.values())
             save_checkpoint(out / "best.pt", run, where | scores)
 
-    with signals_noted() as noted, open(log_file, "a") as log, bar:
-        events = event_writer(out, first) if rank() == 0 else None
-        if rank() == 0:
-            log.truncate(min(progress["log"], log.tell()))  # what a run that broke wrote after it was saved
-            log.seek(0, os.SEEK_END)
-            if first == 0:
-                save()  # where nothing can be written, this says so before the first step
-            elif first % per_epoch == 0:
-                validate()
+    with signals_noted() as noted, contextlib.closing(log) if log else contextlib.nullcontext(), bar:
+        if log and first == 0:
+            save()  # where nothing can be written, this says so before the first step
+        elif log and first % per_epoch == 0:
+            validate()
         run.model.train()
         stop, seen, since = 0, 0, time.time()
         for step, batch in enumerate(loader, first + 1):
@@ -898,7 +911,7 @@ def train(args):
                     line |= {"seconds": round(now - started, 2), "images_per_second": seen / (now - since)}
                     line |= measures(run, loss, norm, parts)
                     line |= {"skipped": int(skips[0]), "unreadable": len(progress["unreadable"])}
-                    write_line(log, events, line)
+                    log.write(line)
                     if skips[1] >= MAX_SKIPPED:
                         raise BadInput(
                             f"loss or gradient was not finite in the last {int(skips[1])} steps, up to step "
@@ -917,7 +930,7 @@ def train(args):
             save()
         left_out = [image for image in progress["unreadable"] if rank() == 0]
         if left_out:
-            write_line(log, events, {"step": progress["step"], "unreadable_images": left_out})
+            log.write({"step": progress["step"], "unreadable_images": left_out})
 
     for sentence in left_out:
         say(f"left out: {sentence}")
