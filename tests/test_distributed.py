@@ -23,7 +23,7 @@ import train
 FINDINGS = ({"Edema"}, {"Effusion"}, {"Edema", "Effusion"}, {"No Finding"})
 LABELS_ONLY, REPORTS_ONLY, BOTH = range(0, 8), range(8, 16), range(16, 24)
 
-# name: (the records of each process, one after the other; --micro-batch-size)
+# name: (the records of each process, one after the other; --micro-batch-size); "positives" is the flag, too
 CASES = {
     "even": ([[0, 8, 16, 17], [1, 9, 18, 19], [2, 10, 20, 21]], None),
     "uneven": ([[0, 8, 16, 17, 3], [1, 9, 18, 19], [2, 10, 20]], None),
@@ -37,6 +37,8 @@ CASES = {
     "only the last with anything": ([[], [], [0, 8, 16, 17, 18]], 3),
     "no report at all": ([[0, 1], [2, 3, 4], [5]], None),
     "no prompt at all": ([[8, 9], [10, 11], [12, 13]], None),
+    "positives": ([[0, 8, 16, 17, 3], [1, 9, 18, 19], [2, 10, 20]], None),
+    "positives, micro-batches": ([[0, 8, 16, 17], [], [1, 9, 18]], 2),
 }
 
 
@@ -93,9 +95,10 @@ def compute(rank, world, port, path):
         for name, (shares, micro) in CASES.items():
             shares = [shares, [shares[0], shares[1] + shares[2]], [sum(shares, [])]][3 - world]
             run.args.micro_batch_size = micro if world > 1 else None
+            run.args.positives = name.startswith("positives")
             loss, parts = train.backward(run, batch_of(shares[rank]), model, seed=5)
             results[name, dtype] = gradients(run, loss)
-            results[name, "removed"] = sum(int(removed.sum()) for _, removed, _ in parts.values())
+            results[name, "removed"] = [int(mask.sum()) for _, mask, _ in parts.values() if mask is not None]
     torch.save(results, f"{path}.{rank}")
 
 
@@ -138,7 +141,7 @@ def test_processes_give_the_loss_and_every_gradient_of_one(computed, case, world
 
 def test_the_mask_goes_over_the_rows_of_all_processes(computed):
     removed = [{case: computed[key][case, "removed"] for case in CASES} for key in computed]
-    assert all(each == removed[0] for each in removed) and removed[0]["uneven"] > 0
+    assert all(each == removed[0] for each in removed) and sum(removed[0]["uneven"]) > 0
 
 
 ROWS = [0, 8, 16, 17, 3, 22, 9]

@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -827,6 +828,19 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group(family, tmp_path, caps
     cells = [values[0], values[1], values[1] - values[0]]
     expected = [(each.mean(), 4.303 * each.std(ddof=1) / 3**0.5) for each in cells]
     assert re.findall(r"-?\d\.\d{3} ± \d\.\d{3}", line) == [f"{m:.3f} ± {h:.3f}" for m, h in expected]
+
+
+def test_differences_are_between_runs_of_one_seed(family, tmp_path, capsys):
+    seeds = {True: (0, 1, 2), False: (1, 2, 3)}
+    folders = [family(4 * mask + n, {"label_mask": mask, "seed": n}) for mask in seeds for n in seeds[mask]]
+    flags = ["--task", "zero-shot", "--limit", "40", "--out", str(tmp_path / "results.json")]
+    assert evaluate.main(["--compare", *folders, *flags]) == 0
+    found = json.loads((tmp_path / "results.json").read_text()).values()
+    value = {Path(each["checkpoint"]).parent.name: each["metrics"]["accuracy"]["value"] for each in found}
+    pairs = np.array([value[f"run{n}"] - value[f"run{4 + n}"] for n in (1, 2)])
+    (line,) = re.findall(r"\nzero-shot  accuracy .*±.*", capsys.readouterr().out)
+    half = 12.706 * pairs.std(ddof=1) / 2**0.5
+    assert line.endswith(f"{pairs.mean():+.3f} ± {half:.3f}")
 
 
 def test_runs_of_two_commits_are_two_groups(family, capsys):
