@@ -955,24 +955,27 @@ def heatmap(run, encoded, path, prompt_set=None, classes=None, each=2):
     for row, record in enumerate(records):
         of_finding.setdefault(*record.findings, []).append(row)
     rows = [row for name in sorted(of_finding) for row in of_finding[name][:each]]
-    side, font, tiles = 144, ImageFont.load_default(13), []
+    side, tiles = 144, []
     for row, cells in zip(rows, similarity_maps(run, [records[r] for r in rows], texts[rows]), strict=True):
         grey = data.read_image(records[row].image).resize((side, side)).convert("RGB")
         heat = Image.fromarray((255 * (cells - cells.min()) / np.ptp(cells).clip(1e-9)).astype(np.uint8))
         red = Image.composite(
             Image.new("RGB", (side, side), "red"), grey, heat.resize((side, side)).point(lambda v: v // 2)
         )
-        for picture, title in (grey, "".join(records[row].findings)), (red, "its map and its box"):
-            tile = Image.new("RGB", (side, side + 22), "white")
-            tile.paste(picture, (0, 22))
-            draw = ImageDraw.Draw(tile)
-            draw.text((4, 3), title, "black", font)
-            if picture is red:
-                for left, top, right, bottom in records[row].boxes:
-                    box = [left * side, top * side + 22, right * side - 1, bottom * side + 21]
-                    draw.rectangle(box, outline="yellow", width=2)
-            tiles.append(tile)
+        draw = ImageDraw.Draw(red)
+        for left, top, right, bottom in records[row].boxes:
+            box = [left * side, top * side, right * side - 1, bottom * side - 1]
+            draw.rectangle(box, outline="yellow", width=2)
+        tiles += [titled(grey, "".join(records[row].findings)), titled(red, "its map and its box")]
     save_grid(tiles, 2 * each, path)
+
+
+def titled(picture, title):
+    """Pillow image -> the same below a line with its title."""
+    tile = Image.new("RGB", (picture.width, picture.height + 22), "white")
+    tile.paste(picture, (0, 22))
+    ImageDraw.Draw(tile).text((4, 3), title, "black", ImageFont.load_default(13))
+    return tile
 
 
 def save_grid(tiles, columns, path):
@@ -1023,10 +1026,8 @@ def gallery(run, encoded, path, rows=4, columns=3):
     side, font, tiles = 224, ImageFont.load_default(13), []
     for query in queries:
         record = encoded.records[encoded.report_rows[query]]
-        tile = Image.new("RGB", (side, side + 22), "white")
-        tile.paste(data.read_image(record.image).resize((side, side)), (0, 22))
-        ImageDraw.Draw(tile).text((4, 3), ", ".join(sorted(record.findings)), "black", font)
-        tiles.append(tile)
+        picture = data.read_image(record.image).resize((side, side))
+        tiles.append(titled(picture, ", ".join(sorted(record.findings))))
         for rank, near in enumerate((-(images[query] @ encoded.report_features.T)).argsort()[:columns], 1):
             found = encoded.records[encoded.report_rows[near]]
             right = (labels[near] == labels[query]).all() and labels[query].any()
