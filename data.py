@@ -77,6 +77,10 @@ class SharedPatient(BadInput):
     """A patient is in two splits."""
 
 
+class Lacking(BadInput):
+    """The data have nothing of what is asked for."""
+
+
 class Packed(NamedTuple):
     """An image in a pack: a row of FOLDER/images.npy."""
 
@@ -155,7 +159,7 @@ def load_records(data, split, limit=None, *, views=FRONTAL, uncertain="ignore"):
         uncertain: one of UNCERTAIN, see settle.
 
     Raises:
-        BadInput: as read_records, or nothing left of a data set.
+        BadInput: as read_records; Lacking where nothing is left of a data set.
     """
     records = []
     for spec, found in read_records(data, split).items():
@@ -163,7 +167,7 @@ def load_records(data, split, limit=None, *, views=FRONTAL, uncertain="ignore"):
         if not kept:
             name = spec.partition("=")[0]
             without = f" with the view {' or '.join(views)}" if found else ""
-            raise BadInput(f"{name} has no record in its split {split!r}{without}")
+            raise Lacking(f"{name} has no record in its split {split!r}{without}")
         records += kept[:limit]
     return records
 
@@ -172,9 +176,12 @@ def listed_records(data, ids, uncertain="ignore"):
     """The records with these ids, in the order of the list, whatever their split and view.
 
     Raises:
-        BadInput: an id that no image has.
+        BadInput: an id that no image has, or that two have.
     """
-    of_id = {r.id: r for split in SPLITS for found in read_records(data, split).values() for r in found}
+    listed = set(ids)
+    records = [r for split in SPLITS for found in read_records(data, split).values() for r in found]
+    refuse_repeats([record for record in records if record.id in listed], " and ".join(data))
+    of_id = {record.id: record for record in records}
     missing = [id for id in ids if id not in of_id]
     if missing:
         raise BadInput(
@@ -221,6 +228,26 @@ def settle(record, policy):
     return Record(r.image, r.report, present, r.patient, r.source, absent, **more)
 
 
+def ruled_out(present, absent, findings):
+    """Those of the findings that are absent, said to be or implied: three frozensets -> frozenset.
+
+    With "No Finding" there is no other finding but devices, and with one of the others no "No Finding".
+    """
+    if NO_FINDING in present:
+        absent |= findings - NO_DISEASE
+    elif present - NO_DISEASE:
+        absent |= HEALTHY
+    return (absent - present) & findings
+
+
+def restricted(records, findings):
+    """The records with what is known of these findings alone, what the others imply of them included."""
+    return [
+        replace(r, findings=r.findings & findings, absent=ruled_out(r.findings, r.absent, findings))
+        for r in records
+    ]
+
+
 def vocabulary(records):
     """The findings that are present in a record at least once -> sorted list of str."""
     return sorted(set().union(*(record.findings for record in records)))
@@ -233,8 +260,7 @@ def label_matrices(records, findings):
         findings: C names, the columns; others are left out.
 
     Returns:
-        present, absent: two (N, C) bool tensors; where both are False the finding is unknown. A record with
-        "No Finding" has no other finding but devices, and one with another finding is not "No Finding".
+        present, absent: two (N, C) bool tensors; where both are False the finding is unknown.
     """
 
     def table(sets):
@@ -243,14 +269,8 @@ def label_matrices(records, findings):
 
     kinds = {}  # few different label sets, many records
     kind = [kinds.setdefault((record.findings, record.absent), len(kinds)) for record in records]
-    present, absent = table([has for has, _ in kinds]), table([lacks for _, lacks in kinds])
-    healthy = torch.tensor([NO_FINDING in has for has, _ in kinds])
-    ill = torch.tensor([bool(has - NO_DISEASE) for has, _ in kinds])
-    for column, name in enumerate(findings):
-        if name == NO_FINDING:
-            absent[:, column] |= ill & ~present[:, column]
-        elif name not in NO_DISEASE:
-            absent[:, column] |= healthy & ~present[:, column]
+    present = table([has for has, _ in kinds])
+    absent = table([ruled_out(*each, frozenset(findings)) for each in kinds])
     return present[kind], absent[kind]
 
 
@@ -308,6 +328,9 @@ def read_table(path, columns=()):
                 raise BadInput(
                     f"{path} has no column {missing[0]!r}; it has {', '.join(rows.fieldnames or ())}"
                 )
+            for name, count in Counter(filter(None, rows.fieldnames or ())).most_common(1):
+                if count > 1:
+                    raise BadInput(f"{path} has {count} columns {name!r}; keep one")
             for number, row in enumerate(rows, 2):
                 if None in row or None in row.values():
                     raise BadInput(f"{path}, row {number}, has not as many cells as the header")
@@ -1100,7 +1123,7 @@ def open_pack(file):
 def pack_index(root):
     """The lines of a pack's index as dicts, after a check that every good one has its pixels."""
     try:
-        lines = [json.loads(line) for line in Path(root, "index.jsonl").read_text().split("\n")[:-1]]
+        lines = [index_fields(line) for line in Path(root, "index.jsonl").read_text().split("\n")[:-1]]
         rows = len(open_pack(str(Path(root, "images.npy"))))
     except FileNotFoundError as error:
         raise BadInput(f"{root} is no finished pack: {error.filename} is not there") from error
@@ -1140,7 +1163,8 @@ def pack(data, out, *, side, views=FRONTAL, workers=2, max_bad=100):
     Raises:
         BadInput: there is a pack, or an unfinished one of something else, or too much is unreadable.
     """
-    if Path(out).exists() and any(Path(out).iterdir()):
+    out = Path(out)
+    if out.exists() and any(out.iterdir()):
         raise BadInput(f"{out} already holds something; give another --out or delete it")
     chosen = [
         (split, record)
@@ -1149,6 +1173,8 @@ def pack(data, out, *, side, views=FRONTAL, workers=2, max_bad=100):
         for record in found
         if not record.view or record.view in views
     ]
+    for part in SPLITS:
+        refuse_repeats([record for split, record in chosen if split == part], " and ".join(data))
     begun = Path(f"{out}.tmp")
     begun.mkdir(parents=True, exist_ok=True)
     lines = packed_before(begun, npy_header(len(chosen), side), side)
@@ -1207,15 +1233,18 @@ def packed_before(begun, header, side):
     index.touch()
     if not pixels.exists() or pixels.stat().st_size < len(header):
         pixels.write_bytes(header)
-    with open(pixels, "rb") as file:
-        np.lib.format.read_magic(file)
-        if np.lib.format.read_array_header_1_0(file)[0][1:] != (side, side):
-            raise BadInput(
-                f"{begun} holds an unfinished pack of another size; delete it or give another --out"
-            )
-    for text in index.read_text().splitlines(keepends=True):
-        line = json.loads(text) if text.endswith("\n") else None
-        if line is None or len(header) + (rows + ("bad" not in line)) * side * side > pixels.stat().st_size:
+    try:
+        with open(pixels, "rb") as file:
+            np.lib.format.read_magic(file)
+            sides = np.lib.format.read_array_header_1_0(file)[0][1:]
+        texts = [text for text in index.read_text().splitlines(keepends=True) if text.endswith("\n")]
+        written = [index_fields(text) for text in texts]
+    except ValueError as error:
+        raise BadInput(f"the unfinished pack {begun} is damaged ({error}); delete it") from error
+    if sides != (side, side):
+        raise BadInput(f"{begun} holds an unfinished pack of another size; delete it or give another --out")
+    for text, line in zip(texts, written, strict=True):
+        if len(header) + (rows + ("bad" not in line)) * side * side > pixels.stat().st_size:
             break
         lines.append(line)
         rows += "bad" not in line
@@ -1225,12 +1254,22 @@ def packed_before(begun, header, side):
     return lines
 
 
+INDEXED = ("id", "report", "patient", "source", "view", "boxes")  # and the states, of a Record
+
+
 def index_line(split, record):
     """What a pack's index says of a record."""
     line = {"split": split, "path": str(record.image) if isinstance(record.image, Path) else None}
-    for name in ("id", "report", "patient", "source", "view", "boxes"):
-        line[name] = getattr(record, name)
+    line |= {name: getattr(record, name) for name in INDEXED}
     return line | {state: sorted(getattr(record, state)) for state in STATES}
+
+
+def index_fields(text):
+    """A line of a pack's index -> dict, or ValueError."""
+    line = json.loads(text)
+    if not isinstance(line, dict) or not line.keys() >= {"split", *INDEXED, *STATES}:
+        raise ValueError("a line of its index says too little")
+    return line
 
 
 # ------------------------------------------------------------------------------------------------- batches
@@ -1709,7 +1748,7 @@ def phantom(root, split):
     Training images have 0 to 3 findings. Those of the other splits have exactly one, each as often as the
     others, as in CheXpert-5x200.
     """
-    if root and not root.isdigit():
+    if root and not (root.isdecimal() and int(root) > 0):
         raise BadInput(f"phantom={root}: what may follow the name is a size in pixels, such as phantom=224")
     size = int(root or 64)
     count = {"train": 6000, "valid": 500, "test": 1000}[split]
@@ -1869,6 +1908,20 @@ def run_pack(args):
     return 0
 
 
+def number(kind, low, high=sys.float_info.max):
+    """A type for argparse: int or float, from `low` to `high`."""
+
+    def read(text):
+        value = kind(text)
+        if not low <= value <= high:  # nan is not, either
+            bounds = f"of at least {low}" if high == sys.float_info.max else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} is no number {bounds}")
+        return value
+
+    read.__name__ = {int: "whole number", float: "number"}[kind]  # in argparse's own words
+    return read
+
+
 def build_parser():
     p = argparse.ArgumentParser(
         description="Look into data sets, rebuild protocols, pack images.", allow_abbrev=False
@@ -1887,20 +1940,26 @@ def build_parser():
     s = command(summary, "summary", "count what is there and check it; status 1 where a check fails")
     data_options(s)
     s.add_argument("--uncertain", choices=UNCERTAIN, default="ignore", help="what -1 becomes in training")
-    s.add_argument("--batch-size", type=int, default=128, help="for the expected false negatives")
+    s.add_argument("--batch-size", type=number(int, 1), default=128, help="for the expected false negatives")
     r = command(protocol, "protocol", "write the list of ids of an evaluation set and print its SHA-256")
     r.add_argument(
         "name", choices=PROTOCOLS, help="; ".join(f"{n}: table is {p.table}" for n, p in PROTOCOLS.items())
     )
     r.add_argument("--table", required=True, metavar="FILE", help="the published table, plain, .gz or .zip")
     r.add_argument("--out", required=True, metavar="FILE")
-    r.add_argument("--seed", type=int, help="default: that of the published list")
+    r.add_argument("--seed", type=number(int, 0, 2**32 - 1), help="default: that of the published list")
     k = command(run_pack, "pack", "decode, square and shrink every image once; goes on where it was stopped")
     data_options(k)
     k.add_argument("--out", required=True, metavar="FOLDER")
-    k.add_argument("--image-size", type=int, default=256, help="pixels a side; at least that of the model")
-    k.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that read images")
-    k.add_argument("--max-bad", type=int, default=100, help="stop when more images than this cannot be read")
+    k.add_argument(
+        "--image-size", type=number(int, 1), default=256, help="pixels a side; at least that of the model"
+    )
+    k.add_argument(
+        "--workers", type=number(int, 0), default=os.cpu_count(), help="processes that read images"
+    )
+    k.add_argument(
+        "--max-bad", type=number(int, 0), default=100, help="stop when more images than this cannot be read"
+    )
     return p
 
 

@@ -35,7 +35,7 @@ from PIL import Image, ImageDraw, ImageFont
 import data
 import prompts
 import umcl
-from data import BadInput
+from data import BadInput, Lacking, number
 
 # ------------------------------------------------------------------------------------------------- metrics
 
@@ -307,7 +307,7 @@ def read_prompts(source, findings):
     """Prompts of the findings' presence and of their absence.
 
     Args:
-        source: name of a set in prompts.py, or FILE.json with {finding: [text, ...]} or
+        source: name of a set in prompts.py, a template with {}, or FILE.json with {finding: [text, ...]} or
             {finding: {"positive": [text, ...], "negative": [text, ...]}}.
 
     Returns:
@@ -316,14 +316,17 @@ def read_prompts(source, findings):
     Raises:
         BadInput: the file cannot be used, or has no prompt for a finding.
     """
-    if not source.endswith(".json"):
+    if source in (*prompts.TEMPLATES, "ensemble") or "{}" in source:
         return tuple(prompts.prompt_set(findings, source, by) for by in (prompts.wordings, prompts.negations))
     form = 'it needs {finding: [text, ...]} or {finding: {"positive": [...], "negative": [...]}}'
     try:
         table = json.loads(Path(source).read_text(encoding="utf-8"))
         table = {name: {"positive": each} if isinstance(each, list) else each for name, each in table.items()}
         fits = all(
-            part in ("positive", "negative") and texts and all(isinstance(text, str) for text in texts)
+            part in ("positive", "negative")
+            and isinstance(texts, list)
+            and texts
+            and all(isinstance(text, str) for text in texts)
             for each in table.values()
             for part, texts in each.items()
         )
@@ -357,7 +360,7 @@ def combined(image_features, prompt_features, combine):
 
 def chosen_classes(encoded, classes):
     """Names, None for all findings of the records -> (names, their columns)."""
-    classes = classes or encoded.findings
+    classes = list(dict.fromkeys(classes or encoded.findings))
     unknown = [name for name in classes if name not in encoded.findings]
     if unknown:
         raise BadInput(f"no image of this data has {unknown[0]!r}; it has {', '.join(encoded.findings)}")
@@ -427,7 +430,7 @@ def classification(scores, present, absent, patients, names, draws):
     return results
 
 
-def class_sentences(records, findings, number, seed=0):
+def class_sentences(records, findings, count, seed=0):
     """So many sentences of each finding, out of reports of images with exactly that finding.
 
     A sentence that stands in reports of two findings, such as "The bones are intact.", belongs to neither
@@ -444,10 +447,10 @@ def class_sentences(records, findings, number, seed=0):
     rng, texts = np.random.default_rng(seed), []
     for name in findings:
         own = sorted(sentence for sentence, owners in found.items() if owners == {name})
-        if len(own) < number:
-            raise BadInput(f"--sentences {number}: there are {len(own)} sentences of {name!r} alone")
-        texts += rng.choice(own, number, replace=False).tolist()
-    return texts, np.eye(len(findings), dtype=bool).repeat(number, 0)
+        if len(own) < count:
+            raise BadInput(f"--sentences {count}: there are {len(own)} sentences of {name!r} alone")
+        texts += rng.choice(own, count, replace=False).tolist()
+    return texts, np.eye(len(findings), dtype=bool).repeat(count, 0)
 
 
 def class_level(images, texts, image_labels, text_labels, patients, draws):
@@ -512,9 +515,11 @@ def retrieval(run, encoded, *, sentences=None, sentences_from=None, split="test"
     """
     images = torch.as_tensor(encoded.image_features)
     if sentences:
+        single = encoded.present.sum(1) == 1
+        if not single.any():
+            return {}
         records = data.load_records(sentences_from, split) if sentences_from else encoded.records
         texts, text_labels = class_sentences(records, encoded.findings, sentences)
-        single = encoded.present.sum(1) == 1
         features, patients = torch.as_tensor(encode_texts(run, texts)), (encoded.patients[single], None)
         return class_level(images[single], features, encoded.present[single], text_labels, patients, draws)
     if not len(encoded.report_features):
@@ -543,7 +548,7 @@ def other_splits(encoded, load):
     for split in ("train", "valid"):
         kept = [record for record in data.hold_out(load(split), encoded.records) if record.findings]
         if not kept:
-            raise BadInput(f"no labelled record of the {split} split is left beside the evaluated patients")
+            raise Lacking(f"no labelled record of the {split} split is left beside the evaluated patients")
         yield kept
 
 
@@ -551,7 +556,7 @@ def validation_labels(records, findings):
     """Present and known, (N, C) bool each, of records that can tell the better of two classifiers."""
     present, absent = (each.numpy() for each in data.label_matrices(records, findings))
     if not (present.any(0) & absent.any(0)).any():
-        raise BadInput("no evaluated finding is both present and absent in the valid split, to choose by")
+        raise Lacking("no evaluated finding is both present and absent in the valid split, to choose by")
     return present, present | absent
 
 
@@ -982,7 +987,10 @@ def save_grid(tiles, columns, path):
     """Pillow images of one size -> one picture."""
     tiles = torch.stack([torchvision.transforms.functional.pil_to_tensor(tile) for tile in tiles])
     grid = torchvision.utils.make_grid(tiles, nrow=columns, pad_value=255)
-    torchvision.transforms.functional.to_pil_image(grid).save(path)
+    try:
+        torchvision.transforms.functional.to_pil_image(grid).save(path)
+    except ValueError as error:
+        raise BadInput(f"{path} has no ending of a picture's, such as .png ({error})") from error
 
 
 TASKS = {
@@ -1097,22 +1105,9 @@ def write_results(path, entries):
     os.replace(temporary, path)
 
 
-def positive(text):
-    """A whole number above 0, or argparse's ValueError."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def percent(text):
-    """Above 0 and at most 100, or argparse's ValueError."""
-    if not 0 < float(text) <= 100:
-        raise ValueError
-    return float(text)
-
-
 # fmt: off
 def build_parser():
+    positive = number(int, 1)
     p = argparse.ArgumentParser(description="Evaluate a run of train.py.", allow_abbrev=False)
     p.add_argument("--task", nargs="+", choices=[*TASKS, "all"], default=["zero-shot", "retrieval"])
     c = p.add_mutually_exclusive_group()
@@ -1135,33 +1130,37 @@ def build_parser():
                    help="retrieve among K sentences of each finding, by a seed, not the images' reports")
     p.add_argument("--sentences-from", nargs="+", metavar="NAME[=ROOT]",
                    help="data sets whose reports have these sentences; default the evaluated ones")
-    p.add_argument("--fractions", type=percent, nargs="+", default=(1, 10, 100), metavar="PERCENT",
-                   help="of the training patients, for linear-probe and fine-tune")
+    p.add_argument("--fractions", type=number(float, 0.001, 100), nargs="+", default=(1, 10, 100),
+                   metavar="PERCENT", help="of the training patients, for linear-probe and fine-tune")
     p.add_argument("--repeats", type=positive, default=5, help="draws of each of them but 100")
     p.add_argument("--out", metavar="FILE.json", help="results; default results.json in the run's folder")
     p.add_argument("--gallery", metavar="FILE.png", help="draw images and the reports they retrieve")
     p.add_argument("--heatmap", metavar="FILE.png", help="draw where in the image the label prompt is found")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    p.add_argument("--skip-bad-images", type=int, default=0, metavar="N",
+    p.add_argument("--skip-bad-images", type=number(int, 0), default=0, metavar="N",
                    help="leave out up to N unreadable images")
     return p
 # fmt: on
 
 
 def chosen_records(args, run):
-    """The records to evaluate -> (specs, records, words for which they are)."""
-    specs = args.data or run.args.data
+    """The records to evaluate -> (records, words for which they are)."""
     if not args.ids:
         options = {"views": run.args.views, "uncertain": run.args.uncertain}
-        records, chosen = data.load_records(specs, args.split, args.limit, **options), f"{args.split} split"
+        records = data.load_records(args.data, args.split, args.limit, **options)
+        chosen = f"{args.split} split"
     else:
-        ids = data.read_ids(args.ids)
-        records, chosen = data.listed_records(specs, ids, run.args.uncertain), f"list {args.ids}"
-        records = records[: args.limit]
-        if data.fingerprint(ids) not in run.args.held_out:
-            print(f"note: the run did not hold out the patients of {args.ids}; it may have seen these images")
-    chosen += f" of {', '.join(specs)}" + (f", first {args.limit}" if args.limit else "")
-    return specs, records, chosen
+        records = data.listed_records(args.data, data.read_ids(args.ids), run.args.uncertain)
+        records, chosen = records[: args.limit], f"list {args.ids}"
+    return records, f"{chosen} of {', '.join(args.data)}" + (f", first {args.limit}" if args.limit else "")
+
+
+def classes_of(runs, findings):
+    """Of the findings those that all runs had among their --findings; None where no run had any."""
+    chosen = [set(run.args.findings) for run in runs if run.args.findings]
+    if chosen and not set.intersection(*chosen):
+        raise BadInput("the runs were trained on different --findings; name --classes to compare them by")
+    return [name for name in findings if chosen and all(name in each for each in chosen)] or None
 
 
 def run_tasks(args, run, encoded, chosen):
@@ -1184,35 +1183,40 @@ def run_tasks(args, run, encoded, chosen):
         "commit": commit(),
         "versions": {m.__name__: m.__version__ for m in (np, torch, torchvision, transformers)},
     }
-    results, entries, of_run = {}, {}, "/".join(args.checkpoint.parts[-2:])
+    results, entries = {}, {}
     settings = {"views": run.args.views, "uncertain": run.args.uncertain}
     given = {
         **vars(args),
         "prompt_set": args.prompt_set or run.args.template,
-        "classes": args.classes or [n for n in run.args.findings or () if n in encoded.findings] or None,
-        "load": lambda split: data.load_records(args.data or run.args.data, split, args.limit, **settings),
+        "load": lambda split: data.load_records(args.data, split, args.limit, **settings),
     }
     for task in TASKS if "all" in args.task else args.task:
         names = inspect.signature(TASKS[task]).parameters
         options = {name: given[name] for name in names if name in given}
-        results[task] = TASKS[task](run, encoded, **options)
-        if not results[task]:
+        try:
+            found = TASKS[task](run, encoded, **options)
+            if not found:
+                raise Lacking(f"{task} needs {NEEDS[task]}; the {chosen} has none")
+        except Lacking as error:
             if [task] == args.task:
-                raise BadInput(f"{task} needs {NEEDS[task]}; the {chosen} has none")
-            print(f"{task} is left out: these data have no {NEEDS[task]}")
+                raise
+            print(f"{task} is left out: {error}")
             continue
+        results[task] = found
         metrics = {
             metric: {key: value for key, value in entry.items() if key != "of"}
-            for metric, entry in results[task].items()
+            for metric, entry in found.items()
         }
         apart = ("split", "load", "skip_bad_images")
         told = {k: value for k, value in options.items() if k not in apart and value is not None}
-        name = ", ".join([task, of_run, chosen, *(f"{k} {v}" for k, v in told.items())])
+        name = ", ".join([task, known["checkpoint"], chosen, *(f"{k} {v}" for k, v in told.items())])
         entries[name] = {"task": task, "options": told, **known, "metrics": metrics}
         if "prompt_set" in told:
             classes = told.get("classes") or encoded.findings
             entries[name]["prompts"] = read_prompts(told["prompt_set"], classes)
             entries[name]["not trained"] = [each for each in classes if each not in run.findings]
+    if not results:
+        raise BadInput(f"the {chosen} has nothing for any of the tasks")
     return results, entries
 
 
@@ -1243,12 +1247,12 @@ def difference(one, other, draws=1000):
 
     Where the two are about different things, vectors of two prompts say, there is none: nan.
     """
-    (metric, first, patients), (_, second, _) = one["of"], other["of"]
+    (of_one, first, patients), (of_other, second, _) = one["of"], other["of"]
     if len(first[0]) != len(second[0]):
         return other["value"] - one["value"], np.nan, np.nan
 
     def less(*arrays):
-        return metric(*arrays[len(first) :]) - metric(*arrays[: len(first)])
+        return of_other(*arrays[len(first) :]) - of_one(*arrays[: len(first)])
 
     return other["value"] - one["value"], *bootstrap_ci(less, *first, *second, n=draws, patients=patients)
 
@@ -1274,8 +1278,8 @@ def print_comparison(paths, runs, results):
     interval over the seeds, and so for the differences between runs of the same seed.
     """
     groups = groups_by_flags(runs)
-    for number, group in enumerate(groups, 1):
-        print(f"{number}: {', '.join(str(paths[i]) for i in group.values())}")
+    for i, group in enumerate(groups, 1):
+        print(f"{i}: {', '.join(str(paths[run]) for run in group.values())}")
     for name, values in flags_that_differ([runs[min(group.values())] for group in groups]).items():
         print(f"  --{name.replace('_', '-')}: " + " | ".join(map(str, values)))
     metrics = [(task, metric) for task, each in results[0].items() for metric in each]
@@ -1303,17 +1307,20 @@ def evaluate(args):
     """Runs the tasks, prints the table, writes what was asked for."""
     import train  # train imports this module
 
-    paths = [Path(path) for path in args.compare or [args.checkpoint or newest_checkpoint()]]
-    paths = [path / "best.pt" if path.is_dir() else path for path in paths]
+    paths = args.compare or [newest_checkpoint() if args.checkpoint is None else args.checkpoint]
+    paths = [Path(path, "best.pt") if Path(path).is_dir() else Path(path) for path in paths]
     runs = [train.load_checkpoint(path) for path in paths]
     args.data = args.data or runs[0].args.data  # all see the same records
-    specs, records, chosen = chosen_records(args, runs[0])
+    records, chosen = chosen_records(args, runs[0])
+    args.classes = args.classes or classes_of(runs, data.vocabulary(records))
     results = []
     for path, run in zip(paths, runs, strict=True):
         run.args.device = args.device
         run.model.to(train.resolve_machine(run.args))
         data.check_images(records, run.args.image_size)
         encoded = encode(run, records, args.skip_bad_images)
+        if args.ids and data.fingerprint(data.read_ids(args.ids)) not in run.args.held_out:
+            print(f"note: {path} did not hold out the patients of {args.ids}; it may have seen these images")
         new = [name for name in args.classes or encoded.findings if name not in run.findings]
         if new:
             print(f"note: training of {path} had no label {', '.join(new)}")

@@ -38,8 +38,7 @@ from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel, PreTr
 import data
 import evaluate
 import prompts
-from data import BadInput
-from evaluate import positive
+from data import BadInput, number
 from umcl import (
     MAX_LOGIT_SCALE,
     UMCL,
@@ -73,12 +72,6 @@ PRESETS = {  # REPRODUCE.md compares the values of "paper" with those of the fam
 }
 
 
-def share(text):
-    if not 0 <= float(text) <= 1:
-        raise ValueError
-    return float(text)
-
-
 def template(text):
     if text not in prompts.TEMPLATES and "{}" not in text:
         names = ", ".join(prompts.TEMPLATES)
@@ -88,11 +81,12 @@ def template(text):
 
 def build_parser():
     on_off = argparse.BooleanOptionalAction
+    positive, natural, share = number(int, 1), number(int, 0), number(float, 0, 1)
     p = argparse.ArgumentParser(description="Pre-train UMCL or one of its ablations.", allow_abbrev=False,
                                 epilog="Options without a default here have one in the preset.")
     p.add_argument("--data", nargs="+", default=["phantom"], metavar="NAME[=ROOT]",
                    help=f"data sets to mix: {', '.join(data.DATASETS)}")
-    p.add_argument("--limit", type=int, help="only the first N records of each data set (smoke runs)")
+    p.add_argument("--limit", type=positive, help="only the first N records of each data set (smoke runs)")
     p.add_argument("--views", nargs="+", choices=data.VIEWS, default=list(data.FRONTAL),
                    help="images to keep, where their data set says the view; default the frontal ones")
     p.add_argument("--uncertain", choices=data.UNCERTAIN, default="ignore",
@@ -106,11 +100,12 @@ def build_parser():
     p.add_argument("--resume", metavar="RUN",
                    help="folder of a run to go on with, exactly from where it was saved; only options of the "
                         "machine may change")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
 
     a = p.add_argument_group("ablations")
     a.add_argument("--continuous-prompt", action=on_off, default=True, help="off: the template alone")
-    a.add_argument("--prompt-length", type=int, default=32, help="paper: 16 and 64 are worse than in between")
+    a.add_argument("--prompt-length", type=natural, default=32,
+                   help="paper: 16 and 64 are worse than in between")
     a.add_argument("--template", type=template, default="caption",
                    help=f"around the finding: {', '.join(prompts.TEMPLATES)}, or a text of yours with {{}}")
     a.add_argument("--label-mask", action=on_off, default=True, help="off: same-label pairs are negatives")
@@ -120,7 +115,8 @@ def build_parser():
                    help="same-label pairs are attracted, as in UniCL, not removed; unknown counts as absent")
     a.add_argument("--image-text", action=on_off, default=True, help="off: no report is read")
     a.add_argument("--image-label", action=on_off, default=True, help="off: no label prompt is made")
-    a.add_argument("--prompt-weight", type=float, default=1.0, help="λ, of the label prompts' loss (ours)")
+    a.add_argument("--prompt-weight", type=number(float, 0), default=1.0,
+                   help="λ, of the label prompts' loss (ours)")
 
     f = p.add_argument_group("labels, training records alone")
     f.add_argument("--label-noise", type=share, default=0.0, metavar="SHARE",
@@ -131,29 +127,34 @@ def build_parser():
                    help="of the records without a report that are used")
 
     m = p.add_argument_group("model")
-    m.add_argument("--image-size", type=int, help="pixels a side; more helps fine findings and costs squared")
-    m.add_argument("--patch-size", type=int, help="pixels a side of a patch; larger is faster and coarser")
-    m.add_argument("--swin-dim", type=int, help="channels of the first stage")
-    m.add_argument("--swin-depths", type=int, nargs="+", help="blocks of each stage")
-    m.add_argument("--swin-heads", type=int, nargs="+", help="attention heads of each stage")
-    m.add_argument("--window-size", type=int, help="must divide the side of each map that is larger")
-    m.add_argument("--drop-path", type=float, help="stochastic depth; 0.1 to 0.2 for long runs")
+    m.add_argument("--image-size", type=positive,
+                   help="pixels a side; more helps fine findings and costs squared")
+    m.add_argument("--patch-size", type=positive,
+                   help="pixels a side of a patch; larger is faster and coarser")
+    m.add_argument("--swin-dim", type=positive, help="channels of the first stage")
+    m.add_argument("--swin-depths", type=natural, nargs="+", help="blocks of each stage")
+    m.add_argument("--swin-heads", type=positive, nargs="+", help="attention heads of each stage")
+    m.add_argument("--window-size", type=positive, help="must divide the side of each map that is larger")
+    m.add_argument("--drop-path", type=share, help="stochastic depth; 0.1 to 0.2 for long runs")
     m.add_argument("--image-weights", metavar="FILE",
                    help="pre-trained Swin with torchvision's, Microsoft's, timm's or transformers' key names")
     m.add_argument("--text-model", metavar="NAME_OR_FOLDER",
                    help=f'a pre-trained BERT, or "{SMALL_BERT}" for a small one from scratch')
-    m.add_argument("--max-length", type=int, help="word pieces of a text; what is longer is cut off")
-    m.add_argument("--embed-dim", type=int, help="size of the shared space")
+    m.add_argument("--max-length", type=number(int, 3),
+                   help="word pieces of a text; what is longer is cut off")
+    m.add_argument("--embed-dim", type=positive, help="size of the shared space")
 
     t = p.add_argument_group("training")
-    t.add_argument("--batch-size", type=int, help="images a step, over all processes; each other's negatives")
-    t.add_argument("--epochs", type=int)
-    t.add_argument("--lr", type=float, help="peak; 7e-4 suits small towers from scratch, 5e-5 pre-trained")
-    t.add_argument("--weight-decay", type=float, help="none on norms, biases, temperature, prompt")
-    t.add_argument("--warmup", type=float, default=0.1, help="share of the steps with a rising learning rate")
-    t.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    t.add_argument("--batch-size", type=positive,
+                   help="images a step, over all processes; each other's negatives")
+    t.add_argument("--epochs", type=positive)
+    t.add_argument("--lr", type=number(float, 0),
+                   help="peak; 7e-4 suits small towers from scratch, 5e-5 pre-trained")
+    t.add_argument("--weight-decay", type=share, help="none on norms, biases, temperature, prompt")
+    t.add_argument("--warmup", type=share, default=0.1, help="share of the steps with a rising learning rate")
+    t.add_argument("--clip", type=number(float, 1e-9), default=1.0, help="largest norm of the gradient")
     t.add_argument("--horizontal-flip", action=on_off, default=False, help='contradicts "left" in a report')
-    t.add_argument("--skip-bad-images", type=int, default=0, metavar="N",
+    t.add_argument("--skip-bad-images", type=natural, default=0, metavar="N",
                    help="leave out up to N different unreadable images and name them at the end")
 
     e = p.add_argument_group("machine")
@@ -163,7 +164,7 @@ def build_parser():
     e.add_argument("--micro-batch-size", type=positive, metavar="N",
                    help="for a small device: encode N images or texts at a time, each twice; the loss still "
                         "has the whole batch for negatives, which accumulating gradients would take away")
-    e.add_argument("--workers", type=int, help="processes that read images; 0 for none")
+    e.add_argument("--workers", type=natural, help="processes that read images; 0 for none")
     e.add_argument("--log-every", type=positive, default=10, help="steps between two lines of log.jsonl")
     e.add_argument("--save-every", type=positive, default=1000,
                    help="steps between two saves within an epoch; each epoch's end is saved anyway")
@@ -175,7 +176,7 @@ def parse_args(argv=None):
     """Command line -> Namespace with every option resolved, `out` among them."""
     parser = build_parser()
     first = parser.parse_args(argv)
-    if first.resume:
+    if first.resume is not None:
         return resumed_args(parser, argv, first.resume)
     phantoms_only = all(spec.partition("=")[0] == "phantom" for spec in first.data)
     preset = first.preset or ("small" if phantoms_only else "paper")
@@ -325,13 +326,16 @@ def build_model(args, bert):
         )
     except ValueError as error:
         raise BadInput(str(error)) from error
+    positions = bert.config.max_position_embeddings
+    if args.max_length > positions:
+        raise BadInput(f"--max-length {args.max_length}: the text model has {positions} positions")
     # Without label prompts nothing would train the vectors, and random ones would only disturb zero-shot.
     with_prompt = args.continuous_prompt and args.image_label and args.prompt_length > 0
     prompt = prompts.ContinuousPrompt(args.prompt_length, bert.config.hidden_size) if with_prompt else None
-    if with_prompt and bert.config.max_position_embeddings - args.prompt_length < 8:
+    if with_prompt and positions - args.prompt_length < 8:
         raise BadInput(
             f"--prompt-length {args.prompt_length} leaves no room for text: the text model has "
-            f"{bert.config.max_position_embeddings} positions"
+            f"{positions} positions"
         )
     return UMCL(swin, TextEncoder(bert), prompt, embed_dim=args.embed_dim)
 
@@ -594,11 +598,10 @@ def load_split(args, split):
     records = data.load_records(args.data, split, args.limit, views=args.views, uncertain=args.uncertain)
     data.check_images(records, args.image_size)
     if args.findings:
-        chosen = frozenset(args.findings)
-        missing = chosen - set(data.vocabulary(records))
+        missing = set(args.findings) - set(data.vocabulary(records))
         if split == "train" and missing:
             raise BadInput(f"--findings {', '.join(sorted(missing))}: no training record has it")
-        records = [replace(r, findings=r.findings & chosen, absent=r.absent & chosen) for r in records]
+        records = data.restricted(records, frozenset(args.findings))
     if args.hold_out:
         listed = data.listed_records(args.data, [id for file in args.hold_out for id in data.read_ids(file)])
         kept = data.hold_out(records, listed)
@@ -667,7 +670,7 @@ def resolve_machine(args):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(args.device)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
     if args.precision == "auto":
@@ -762,7 +765,7 @@ def begin(args, records):
     The progress is what a checkpoint holds of a run beside weights and moments. Of chance there is nothing to
     hold: all random numbers are functions of the seed and of where in the run they are drawn.
     """
-    state = read_checkpoint(Path(args.resume, "last.pt")) if args.resume else None
+    state = read_checkpoint(Path(args.resume, "last.pt")) if args.resume is not None else None
     run = checkpoint_run(state, args.device)._replace(args=args) if state else new_run(args, records)
     groups = parameter_groups(run.model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=run.device.type != "mps")
@@ -875,7 +878,8 @@ def train(args):
         run.model.train()
         where = {"step": progress["step"], "epoch": progress["epoch"]}
         log.write(where | scores)
-        bar.write(f"epoch {where['epoch']}: {', '.join(f'{name} {v:.3f}' for name, v in scores.items())}")
+        told = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+        bar.write(f"epoch {where['epoch']}: {told or 'nothing to validate by; the last epoch is the best'}")
         if sum(scores.values()) >= progress["best"]:
             progress["best"] = sum(scores.values())
             save_checkpoint(out / "best.pt", run, where | scores)

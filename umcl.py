@@ -329,7 +329,7 @@ class SwinTransformer(nn.Module):
         drop_path: stochastic depth of the last block; it grows from 0 in equal steps.
 
     Raises:
-        ValueError: the image cannot be cut into whole patches, windows and merges.
+        ValueError: the image cannot be cut into whole patches, windows and merges, or channels into heads.
     """
 
     def __init__(
@@ -350,6 +350,8 @@ class SwinTransformer(nn.Module):
         windows = [min(window_size, side) for side in sides]
         if len(num_heads) != stages:
             raise ValueError(f"{stages} depths need as many numbers of heads, not {len(num_heads)}")
+        if any(embed_dim * 2**i % heads for i, heads in enumerate(num_heads)):
+            raise ValueError(f"{embed_dim} channels, doubled by each merge, do not fit heads {num_heads}")
         if sides[-1] * patch_size * 2 ** (stages - 1) != image_size or any(
             side % window for side, window in zip(sides, windows, strict=True)
         ):

@@ -430,9 +430,17 @@ def test_a_file_of_prompts_with_and_without_negatives(prompt_file):
     assert evaluate.read_prompts(source, ["B", "A"]) == ({"B": ["b"], "A": ["a", "an a"]}, {"B": ["no b"]})
 
 
-@pytest.mark.parametrize(
-    "content", ["", "[]", '{"A": "a"}', '{"A": []}', '{"A": [1]}', '{"A": {"both": ["a"]}}', '{"A": null}']
-)
+@pytest.mark.parametrize("name", ["prompts.txt", "missing.json", "missing"])
+def test_prompts_that_are_no_file_of_prompts_are_refused(assess, tmp_path, capsys, name):
+    (tmp_path / "prompts.txt").write_text("a word")
+    assert assess("--task", "zero-shot", "--prompts", str(tmp_path / name)) == 2
+    assert name in refusal(capsys)
+
+
+NO_PROMPTS = ["", "[]", '{"A": "a"}', '{"A": []}', '{"A": [1]}', '{"A": {"both": ["a"]}}', '{"A": null}']
+
+
+@pytest.mark.parametrize("content", [*NO_PROMPTS, '{"A": {"positive": "a"}}'])
 def test_what_is_no_prompt_set_is_refused(prompt_file, content):
     with pytest.raises(data.BadInput, match="prompts.json"):
         evaluate.read_prompts(prompt_file(content), ["A"])
@@ -860,6 +868,32 @@ def test_a_run_of_some_findings_is_asked_for_these(family, tmp_path):
     assert evaluate.main(["--checkpoint", folder, *flags]) == 0
     (entry,) = json.loads((tmp_path / "results.json").read_text()).values()
     assert entry["metrics"]["accuracy"]["chance"] == 0.5 and "AUROC Consolidation" not in entry["metrics"]
+
+
+def test_runs_of_different_findings_are_compared_by_those_that_both_have(family, tmp_path, capsys):
+    sets = [["Cardiomegaly", "Edema", "Atelectasis"], ["Edema", "Atelectasis"], ["Consolidation"]]
+    folders = [family(n, {"findings": each}) for n, each in enumerate(sets)]
+    flags = ["--task", "zero-shot", "--limit", "40", "--out", str(tmp_path / "results.json")]
+    assert evaluate.main(["--compare", *folders[:2], *flags]) == 0
+    entries = list(json.loads((tmp_path / "results.json").read_text()).values())
+    assert [entry["options"]["classes"] for entry in entries] == 2 * [["Atelectasis", "Edema"]]
+    capsys.readouterr()
+    assert evaluate.main(["--compare", *folders[1:], *flags]) == 2 and "--classes" in refusal(capsys)
+
+
+def test_each_run_is_measured_by_its_own_metric():
+    """The distance to its own prompts, say."""
+    values = np.arange(10.0)
+    one, other = (
+        evaluate.measured(lambda v, centre=centre: v.mean() - centre, values, draws=0) for centre in (0, 3)
+    )
+    assert evaluate.difference(one, other) == pytest.approx((-3, -3, -3))
+
+
+def test_a_class_named_twice_counts_once(assess, tmp_path):
+    classes = ["Edema", "Edema", "Cardiomegaly"]
+    assert assess("--task", "zero-shot", "--limit", "40", "--classes", *classes) == 0
+    assert metrics_of(tmp_path / "results.json")["zero-shot"]["accuracy"]["chance"] == 0.5
 
 
 def test_two_checkpoints_of_one_run_are_two_groups(tiny_run):

@@ -403,6 +403,34 @@ def test_a_pack_without_one_of_its_files_is_no_finished_pack(copy, program, file
     assert status == 2 and "is no finished pack" in error and file in error
 
 
+@pytest.mark.parametrize("line", ["garbage", "3", "{}"])
+def test_a_pack_with_a_line_that_is_none_is_refused(copy, line):
+    lines = (copy / "index.jsonl").read_text().splitlines()
+    (copy / "index.jsonl").write_text("\n".join([line, *lines[1:]]) + "\n")
+    with pytest.raises(BadInput, match="delete it and pack again"):
+        data.packed(copy, "train")
+
+
+@pytest.mark.parametrize("damaged", FILES)
+def test_an_unfinished_pack_that_is_damaged_is_refused(spec, copy, tmp_path, damaged):
+    copy.rename(tmp_path / "new.tmp")
+    (tmp_path / "new.tmp" / damaged).write_bytes(b"garbage\n" * 100)
+    with pytest.raises(BadInput, match="new.tmp is damaged"):
+        pack(spec, tmp_path / "new")
+
+
+def test_the_folder_of_a_pack_may_end_in_a_slash(spec, whole, tmp_path):
+    pack(spec, f"{tmp_path / 'new'}/")
+    assert content(tmp_path / "new") == content(whole)
+
+
+def test_one_id_for_two_images_is_refused_before_the_work(spec, tmp_path):
+    other = table(tmp_path / "other")
+    with pytest.raises(BadInput, match="has the image .* 2 times"):
+        data.pack([spec, other], tmp_path / "new", side=SIDE, views=data.VIEWS, workers=0)
+    assert not (tmp_path / "new.tmp").exists()
+
+
 def test_a_pack_with_a_line_too_many_is_refused(copy):
     lines = (copy / "index.jsonl").read_text()
     (copy / "index.jsonl").write_text(lines + lines.splitlines()[0] + "\n")

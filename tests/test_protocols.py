@@ -511,6 +511,20 @@ def test_a_list_that_a_run_cannot_hold_out_is_refused(films, listing, pretrain, 
     assert line.startswith("train.py: ") and sentence in line
 
 
+def test_a_listed_id_of_two_images_is_refused(films, listing, tmp_path):
+    copied = tmp_path / "copy" / "films.csv"
+    copied.parent.mkdir()
+    copied.write_bytes(Path(films.partition("=")[2]).read_bytes())
+    with pytest.raises(data.BadInput, match="has the image 0.png 2 times"):
+        data.listed_records([films, f"csv={copied}"], data.read_ids(listing("0.png")))
+
+
+@pytest.mark.parametrize("seed", ["-1", "99999999999", "x"])
+def test_a_seed_that_makes_no_sense_is_refused(seed):
+    with pytest.raises(SystemExit, match="2"):
+        data.main(["protocol", "rsna-balanced", "--table", "t.csv", "--out", "o.txt", "--seed", seed])
+
+
 def test_a_missing_list_is_refused_before_the_run(pretrain, tmp_path, capsys):
     assert pretrain("--hold-out", tmp_path / "ids.txt") == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -535,7 +549,7 @@ def test_evaluation_takes_exactly_the_listed_images(assess, listing, films, caps
 
 def test_evaluation_notes_that_a_list_was_not_held_out(assess, listing, capsys):
     assess("--ids", listing("0.png", "1.png"))
-    assert "note: the run did not hold out the patients of" in capsys.readouterr().out
+    assert "best.pt did not hold out the patients of" in capsys.readouterr().out
 
 
 def test_evaluation_of_a_held_out_list_has_no_note(films, listing, pretrain, tmp_path, capsys):

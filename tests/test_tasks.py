@@ -398,17 +398,38 @@ def test_a_heatmap_without_boxes_is_refused(tiny_run, chests, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--repeats 0", "--fractions 0", "--fractions 101", "--sentences -1", "--limit 0", "--repeats x"]
+    "flags",
+    ["--repeats 0", "--fractions 0", "--fractions 101", "--sentences -1", "--limit 0", "--repeats x"]
+    + ["--skip-bad-images -1", "--fractions nan"],
 )
 def test_numbers_that_make_no_sense_are_refused(flags):
     with pytest.raises(SystemExit, match="2"):
         evaluate.build_parser().parse_args(flags.split())
 
 
-@pytest.mark.parametrize("task", list(evaluate.TASKS))
-def test_a_task_without_its_data_is_refused(tiny_run, task, tmp_path, monkeypatch, capsys):
+BARE = [*([task] for task in evaluate.TASKS), ["all"], ["zero-shot", "retrieval"]]
+
+
+@pytest.mark.parametrize("flags", [*BARE, ["retrieval", "--sentences", "3"]], ids=" ".join)
+def test_tasks_without_their_data_are_refused(tiny_run, flags, tmp_path, monkeypatch, capsys):
     bare = [Record(np.zeros((8, 8), np.uint8), None, frozenset(), "1", "bare", id="1")]
     monkeypatch.setitem(data.DATASETS, "bare", lambda root, split: bare)
-    flags = ["--data", f"bare={tmp_path}", "--task", task, "--out", str(tmp_path / "r.json")]
+    flags = ["--data", f"bare={tmp_path}", "--task", *flags, "--out", str(tmp_path / "r.json")]
     assert evaluate.main(["--checkpoint", str(tiny_run), *flags]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_of_all_tasks_those_without_training_records_are_left_out(tiny_run, tmp_path, monkeypatch, capsys):
+    test = data.load_records(["phantom=16"], "test", 20)
+    monkeypatch.setitem(data.DATASETS, "tests", lambda root, split: test if split == "test" else [])
+    flags = ["--data", f"tests={tmp_path}", "--task", "zero-shot", "linear-probe", "prompt-sensitivity"]
+    assert evaluate.main(["--checkpoint", str(tiny_run), *flags, "--out", str(tmp_path / "r.json")]) == 0
+    assert "linear-probe is left out: tests has no record in its split 'train'" in capsys.readouterr().out
+    entries = json.loads((tmp_path / "r.json").read_text()).values()
+    assert [entry["task"] for entry in entries] == ["zero-shot", "prompt-sensitivity"]
+
+
+def test_a_picture_that_cannot_be_one_is_refused_after_the_results(tiny_run, tmp_path, capsys):
+    flags = ["--limit", "20", "--out", str(tmp_path / "r.json"), "--gallery", str(tmp_path / "picture")]
+    assert evaluate.main(["--checkpoint", str(tiny_run), *flags]) == 2
+    assert "such as .png" in capsys.readouterr().err and (tmp_path / "r.json").exists()

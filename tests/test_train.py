@@ -8,6 +8,7 @@ import shutil
 import signal
 import types
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -323,6 +324,28 @@ def test_a_share_of_the_records_without_report_can_be_left_out(options):
     assert [record.id for record in none] == reported
     assert [record.id for record in some if record.report is not None] == reported
     assert len(some) - len(reported) == pytest.approx(100, abs=30)
+
+
+def test_chosen_findings_keep_what_the_others_say_of_them(options, cases, monkeypatch):
+    sets = ("No Finding", "Edema", "Fracture")
+    records = [
+        data.Record(n, "", frozenset({name}), str(n), "made", id=str(n)) for n, name in enumerate(sets)
+    ]
+    monkeypatch.setattr(data, "load_records", lambda *_, **__: records)
+    monkeypatch.setattr(data, "check_images", lambda *_: None)
+    normal, edema, fracture = train.load_split(options("--findings", "Edema", "No Finding"), "train")
+    assert normal.findings == {"No Finding"} and normal.absent == {"Edema"}
+    assert edema.findings == {"Edema"} and edema.absent == {"No Finding"}
+    assert fracture.findings == frozenset() and fracture.absent == {"No Finding"}
+
+
+def test_a_run_that_nothing_can_validate_says_so(pretrain, cases, monkeypatch, capsys):
+    load = train.load_split
+    bare = lambda args, split: [  # noqa: E731
+        replace(r, report=None, findings=frozenset(), absent=frozenset()) for r in load(args, split)
+    ]
+    monkeypatch.setattr(train, "load_split", lambda args, s: bare(args, s) if s == "valid" else load(args, s))
+    assert pretrain() == 0 and "nothing to validate by" in capsys.readouterr().out
 
 
 def test_only_the_chosen_findings_are_learned(options, steps, pretrain):
@@ -675,16 +698,35 @@ def test_an_unreadable_validation_image_costs_no_training(pretrain, chests, step
         ("--no-label-mask --positives", "--no-label-mask"),
         ("--no-label-mask --mask-rule equal", "--no-label-mask"),
         ("--image-weights nowhere.pt", "nowhere.pt"),
+        ("--swin-heads 1 3", "heads"),
+        ("--device meta", "meta"),
+        ("--data phantom=0", "phantom=0"),
+        ("--data phantom=²", "phantom=²"),
     ],
 )
 def test_bad_options_are_one_sentence(pretrain, capsys, flags, named):
     assert pretrain(*flags.split()) == 2 and named in refusal(capsys)
 
 
-@pytest.mark.parametrize("flag", ["--label-noise=1.5", "--label-drop=-1", "--label-records=half"])
-def test_shares_are_between_0_and_1(flag):
+SENSELESS = """
+    --label-noise=1.5 --label-drop=-1 --label-records=half --warmup=2 --warmup=nan --clip=-1 --lr=nan --lr=inf
+    --weight-decay=-1 --drop-path=2 --prompt-weight=-1 --limit=-63 --epochs=0 --epochs=1.5 --batch-size=0
+    --embed-dim=0 --prompt-length=-1 --max-length=2 --workers=-1 --seed=99999999999999999999 --image-size=0
+    --patch-size=0 --window-size=0 --swin-heads=0 --swin-depths=-1 --skip-bad-images=-1
+"""
+
+
+@pytest.mark.parametrize("flag", SENSELESS.split())
+def test_numbers_that_make_no_sense_are_refused(flag, capsys):
     with pytest.raises(SystemExit, match="2"):
         train.parse_args([flag])
+    name, value = flag.split("=")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert name in last and value in last
+
+
+def test_an_empty_folder_name_is_no_new_run(pretrain, capsys):
+    assert pretrain("--resume", "") == 2 and "last.pt" in refusal(capsys)
 
 
 def test_an_unknown_template_is_answered_with_the_known_ones(capsys):
@@ -750,6 +792,11 @@ def test_a_text_model_that_is_no_bert_is_refused(pretrain, tmp_path, capsys):
 def test_a_text_model_that_lacks_weights_is_refused(pretrain, text_model, capsys):
     assert pretrain("--text-model", text_model(without="query.weight")) == 2
     assert "query.weight" in refusal(capsys)
+
+
+def test_texts_longer_than_the_text_model_takes_are_refused(pretrain, text_model, capsys):
+    assert pretrain("--text-model", text_model(), "--max-length", 600) == 2
+    assert "--max-length 600" in refusal(capsys)
 
 
 def test_a_prompt_that_leaves_no_room_for_text_is_refused(pretrain, text_model, capsys):
