@@ -3,9 +3,12 @@
 import importlib
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 import data
 import evaluate
@@ -36,6 +39,20 @@ def test_readme_commands_are_accepted(document):
             assert {
                 spec.partition("=")[0] for spec in getattr(args, "data", None) or []
             } <= data.DATASETS.keys()
+
+
+def test_python_in_the_readme_runs(tiny_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_run, tmp_path / "runs" / "umcl")
+    Image.fromarray(data.phantom("64", "valid")[0].image).save(tmp_path / "chest.png")
+    features = torch.nn.functional.normalize(torch.randn(6, 4), dim=1)
+    given = {"labels": torch.rand(6, 3) > 0.5, "logit_scale": torch.tensor(1.0)}
+    given |= {"image_features": features, "text_features": features}
+    for block in re.findall(r"```python\n(.*?)```", read("README.md"), re.DOTALL):
+        exec(block, given)
+    assert given["loss"] > 0
+    printed = capsys.readouterr().out
+    assert given["run"].findings and all(finding in printed for finding in given["run"].findings)
 
 
 def test_readme_shows_how_to_use_each_script():
