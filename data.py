@@ -14,7 +14,7 @@ csv                your own table                  image, and any of report, pat
 packed             `python data.py pack`           any of these, decoded and shrunk once
 
     python data.py summary --data chexpert=FOLDER           what is there, and what is wrong with it
-    python data.py protocol chexpert-5x200 --table chexpert_train.csv.gz --out ids.txt
+    python data.py protocol chexpert-5x200 --table FOLDER/train.csv --out ids.txt
     python data.py pack --data chexpert=FOLDER --out packs/chexpert
 
 A reader keeps the four states of a labeler: a finding is present (1), absent (0), uncertain (-1) or was not
@@ -984,6 +984,7 @@ def read_image(image):
     Raises:
         BadInput: the file is missing, empty, cut short, or no image.
     """
+    image = Path(image) if isinstance(image, str) else image
     if isinstance(image, Packed):
         image = open_pack(image.file)[image.row]
     if isinstance(image, np.ndarray):

@@ -14,6 +14,7 @@ to RUN/results.json, an entry for each task, data set and prompt set; it holds n
 
 import argparse
 import copy
+import hashlib
 import inspect
 import itertools
 import json
@@ -363,7 +364,8 @@ def chosen_classes(encoded, classes):
     classes = list(dict.fromkeys(classes or encoded.findings))
     unknown = [name for name in classes if name not in encoded.findings]
     if unknown:
-        raise BadInput(f"no image of this data has {unknown[0]!r}; it has {', '.join(encoded.findings)}")
+        known = ", ".join(encoded.findings) or "no label at all"
+        raise BadInput(f"no image of this data has {unknown[0]!r}; it has {known}")
     return classes, [encoded.findings.index(name) for name in classes]
 
 
@@ -1086,12 +1088,17 @@ def fingerprint(records):
 
 
 def commit():
-    """Of this program, where git knows it -> str or None."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    """Of this program -> str; with a hash of its files where it was changed or git does not know it."""
+    folder = Path(__file__).parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        name = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None
+        name = "unknown"
+    if name.endswith(("unknown", "-dirty")):
+        files = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
+        name += f"-{hashlib.sha256(files).hexdigest()[:8]}"
+    return name
 
 
 def write_results(path, entries):

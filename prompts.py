@@ -139,7 +139,7 @@ class ContinuousPrompt(nn.Module):
             attention_mask: (B, L).
 
         Returns:
-            the same two, M positions longer.
+            the same two, M positions longer; so is what BERT makes of them (umcl.py::TextEncoder).
         """
         B, M = len(embeddings), len(self.context)
         embeddings = torch.cat(

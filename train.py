@@ -509,21 +509,30 @@ def losses(args, batch, features, scale):
         {"report" or "prompt": (() float loss, (N, N) bool pairs removed or None, N)}, those the batch has.
     """
     counts = len(batch.rows), len(batch.report_rows), len(batch.prompt_labels)
-    images, reports, prompt_features = features.split(counts)
-    described = batch.report_labels
+    images, reports, distinct = features.split(counts)
     # An unknown finding makes no negative for its prompt; rule "equal" and UniCL's loss have no third state.
     fitting = batch.present if args.positives or args.mask_rule == "equal" else ~batch.absent
-    named, of_row = batch.prompt_labels[batch.prompt_index], prompt_features[batch.prompt_index]
-    pairs = {
-        "report": ("equal", images[batch.report_rows], reports, described, described),
-        "prompt": ("subset", images[batch.prompt_rows], of_row, fitting[batch.prompt_rows], named),
+    pairs = {  # features of images and of their texts, and what the label mask compares
+        "report": (
+            images[batch.report_rows],  # (R, D)
+            reports,  # (R, D)
+            batch.report_labels,  # (R, C)
+            batch.report_labels,
+        ),
+        "prompt": (
+            images[batch.prompt_rows],  # (Q, D)
+            distinct[batch.prompt_index],  # (Q, D)
+            fitting[batch.prompt_rows],  # (Q, C)
+            batch.prompt_labels[batch.prompt_index],  # (Q, C), one finding each
+        ),
     }
+    rules = {"report": args.mask_rule or "equal", "prompt": args.mask_rule or "subset"}
+    contrast = unicl_loss if args.positives else contrastive_loss
     found = {}
-    for name, (rule, *tensors) in pairs.items():
+    for name, tensors in pairs.items():
         image_features, text_features, image_labels, text_labels = gathered(*tensors)
         if len(image_features):
-            same = label_mask(image_labels, text_labels, args.mask_rule or rule) if args.label_mask else None
-            contrast = unicl_loss if args.positives else contrastive_loss
+            same = label_mask(image_labels, text_labels, rules[name]) if args.label_mask else None
             loss = contrast(image_features, text_features, scale, same)
             found[name] = loss, None if args.positives else same, len(image_features)
     return found
@@ -559,16 +568,17 @@ def backward(run, batch, model, seed):
     # All processes took the same loss, of the global batch, and DistributedDataParallel averages what they
     # carry back. The scale's gradient is the same in each, so its mean is right; through the towers each
     # carries back its own rows' share of a sum, which the number of processes makes a mean.
-    shares = (features.grad * processes()).split([len(each) for each, _ in encoded])
+    upstream = (features.grad * processes()).split([len(each) for each, _ in encoded])
     torch.manual_seed(seed)
-    for i, (some, share) in enumerate(zip(passes, shares, strict=True)):
+    for i, (some, gradient) in enumerate(zip(passes, upstream, strict=True)):
         last = i == len(passes) - 1
         with contextlib.nullcontext() if last or model is run.model else model.no_sync():
             if cached:
                 with run.autocast():
                     encoded[i] = model(some)
-            own, own_scale = encoded[i]  # the scale once, and in the call that every process makes
-            ((own * share).sum() + own_scale * scale.grad * last).backward()
+            own, own_scale = encoded[i]
+            # own.backward(gradient), and the scale's, once, in the same call, which every process makes.
+            ((own * gradient).sum() + own_scale * scale.grad * last).backward()
     return loss.detach(), parts
 
 
@@ -589,7 +599,7 @@ def training_step(run, batch, model, optimizer, lr, seed):
     skipped = optimizer.found_inf = (~torch.isfinite(loss + norm)).float()
     if optimizer.defaults["fused"] or not skipped:
         optimizer.step()
-    run.model.log_scale.data.clamp_(max=math.log(0.999 * MAX_LOGIT_SCALE))  # none flows at the bound
+    run.model.log_scale.data.clamp_(max=math.log(0.999 * MAX_LOGIT_SCALE))  # at it, no gradient
     return loss, norm, skipped, parts
 
 

@@ -35,19 +35,24 @@ MAX_LOGIT_SCALE = 100.0  # family: CLIP
 
 
 def label_mask(image_labels, text_labels, rule):
-    """F: which texts could as well have been written for which images (paper: the same label).
+    """F_ij: which texts could as well have been written for which images (paper: the same label).
 
     A report speaks of the whole image, so it fits the images with exactly its findings: rule "equal",
     y_j = y_i. A label prompt states only what it names, so it fits every image that has it all: rule
     "subset", y_j ⊆ y_i. With one finding an image both say "same label"; the two rules are ours.
 
     Args:
-        image_labels: (N, C) bool. text_labels: (M, C) bool, the findings that each text stands for.
+        image_labels: (N, C) bool. text_labels: (T, C) bool, the findings that each text stands for.
         rule: "equal" or "subset".
 
     Returns:
-        (N, M) bool. A row without any label is unknown and is never True.
+        (N, T) bool. A row without any label is unknown and is never True.
+
+    Raises:
+        ValueError: another rule, or labels that are not bool: of integers, ~ would be something else.
     """
+    if image_labels.dtype != torch.bool or text_labels.dtype != torch.bool:
+        raise ValueError(f"labels have to be bool, not {image_labels.dtype} and {text_labels.dtype}")
     if rule not in ("equal", "subset"):
         raise ValueError(f'the rule is "equal" or "subset", not {rule!r}')
     # Counts of findings that one side has and the other lacks: only zero matters, so any float type is exact.
@@ -287,7 +292,7 @@ class SwinBlock(nn.Module):
         self.shift = self.unshift = nn.Identity()
         if shift:
             plain, shifted = window_order(side, window_size), window_order(side, window_size, shift)
-            self.shift = Permutation(plain.argsort()[shifted])
+            self.shift = Permutation(plain.argsort()[shifted])  # the shifted ones' places in plain order
             self.unshift = Permutation(self.shift.inverse)
             wrapped = torch.arange(side) < shift  # these rows and columns come round from the opposite edge
             region = (2 * wrapped[:, None].long() + wrapped[None, :].long()).flatten()

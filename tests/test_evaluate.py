@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import subprocess
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -854,6 +855,26 @@ def test_differences_are_between_runs_of_one_seed(family, tmp_path, capsys):
 def test_runs_of_two_commits_are_two_groups(family, capsys):
     runs = [train.load_checkpoint(f"{family(n, {'seed': n, 'commit': 'ab'[n]})}/best.pt") for n in range(2)]
     assert evaluate.groups_by_flags(runs) == [{0: 0}, {1: 1}]
+
+
+@pytest.mark.parametrize("git", ["clean", "dirty", "none"])
+def test_a_changed_program_is_another_commit(tmp_path, monkeypatch, git):
+    folder = tmp_path / "program"
+    folder.mkdir()
+    (folder / "evaluate.py").write_text("1")
+    monkeypatch.setattr(evaluate, "__file__", str(folder / "evaluate.py"))
+    if git != "none":
+        call = partial(subprocess.run, cwd=folder, check=True, capture_output=True)
+        call(["git", "init"])
+        call(["git", "add", "."])
+        call(["git", "-c", "user.name=a", "-c", "user.email=a", "commit", "-m", "one"])
+    if git == "dirty":
+        (folder / "evaluate.py").write_text("2")
+    one = evaluate.commit()
+    (folder / "evaluate.py").write_text("3")
+    other = evaluate.commit()
+    assert one != other and ("-dirty-" in one) == (git == "dirty")
+    assert other.startswith("unknown-") == (git == "none")
 
 
 def test_prompts_of_two_lengths_have_a_difference_and_no_interval():

@@ -197,6 +197,14 @@ def test_an_unknown_rule_is_a_value_error():
         label_mask(findings("edema"), findings("edema"), "overlap")
 
 
+@pytest.mark.parametrize("kind", [torch.int64, torch.uint8, torch.float32])
+def test_labels_that_are_not_bool_are_refused(kind):
+    labels = findings("edema", "effusion")
+    for pair in ((labels.to(kind), labels), (labels, labels.to(kind))):
+        with pytest.raises(ValueError, match="bool"):
+            label_mask(*pair, "equal")
+
+
 @pytest.mark.parametrize("rule, expected", [("equal", [1, 0, 0]), ("subset", [1, 0, 1])])
 def test_label_mask_is_right_under_bf16_autocast(rule, expected):
     image = torch.arange(1000)[None] < 600  # bf16 does not tell 600 from its neighbours
