@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from transformers import BertConfig, BertModel
 
 import data
 import evaluate
@@ -48,9 +49,12 @@ def test_python_in_the_readme_runs(tiny_run, tmp_path, monkeypatch, capsys):
     features = torch.nn.functional.normalize(torch.randn(6, 4), dim=1)
     given = {"labels": torch.rand(6, 3) > 0.5, "logit_scale": torch.tensor(1.0)}
     given |= {"image_features": features, "text_features": features}
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    given["bert"] = BertModel(BertConfig(vocab_size=9, max_position_embeddings=64, **sizes))
+    given |= {"input_ids": torch.ones(2, 5, dtype=torch.long), "attention_mask": torch.ones(2, 5)}
     for block in re.findall(r"```python\n(.*?)```", read("README.md"), re.DOTALL):
         exec(block, given)
-    assert given["loss"] > 0
+    assert given["loss"] > 0 and given["hidden"].shape == (2, 16)
     printed = capsys.readouterr().out
     assert given["run"].findings and all(finding in printed for finding in given["run"].findings)
 
