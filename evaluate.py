@@ -13,6 +13,7 @@ to RUN/results.json, an entry for each task, data set and prompt set; it holds n
 """
 
 import argparse
+import contextlib
 import copy
 import hashlib
 import inspect
@@ -32,11 +33,14 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image, ImageDraw, ImageFont
+from tokenizers import Tokenizer
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 import data
 import prompts
 import umcl
 from data import BadInput, Lacking, number
+from umcl import UMCL, SwinTransformer, TextEncoder
 
 # ------------------------------------------------------------------------------------------------- metrics
 
@@ -208,6 +212,153 @@ def measured(metric, *arrays, draws, patients=None, chance=None, redraw=None, **
     if draws:
         entry["low"], entry["high"] = bootstrap_ci(redraw or metric, *arrays, n=draws, patients=patients)
     return entry | {"of": (metric, arrays, patients)}
+
+
+# ------------------------------------------------------------------------------------- runs and checkpoints
+
+# Options that say where and how a run is computed: they change it by rounding and random numbers at most.
+MACHINE_OPTIONS = ("device", "workers", "micro_batch_size", "log_every", "save_every", "skip_bad_images")
+
+
+class Run(NamedTuple):
+    """A model and what it needs to be used: all of it is in the checkpoint."""
+
+    model: UMCL
+    tokenizer: PreTrainedTokenizerFast
+    findings: list
+    args: argparse.Namespace
+
+    @property
+    def device(self):
+        return self.model.log_scale.device
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16")
+
+    def prompt_tokens(self, texts):
+        """Label prompts -> Tokens, cut so that the continuous prompt still fits into BERT's positions."""
+        positions = self.model.text_encoder.bert.config.max_position_embeddings
+        room = positions - (len(self.model.prompt.context) if self.model.prompt else 0)
+        return data.tokenize(self.tokenizer, texts, min(self.args.max_length, room))
+
+
+def wrap_tokenizer(tokenizer_json):
+    """The text form that a checkpoint holds -> transformers tokenizer."""
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer_json), **special)
+
+
+def build_model(args, bert):
+    """The parts put together; what an ablation takes away is taken away here or in train -> UMCL."""
+    try:
+        swin = SwinTransformer(
+            image_size=args.image_size,
+            patch_size=args.patch_size,
+            embed_dim=args.swin_dim,
+            depths=args.swin_depths,
+            num_heads=args.swin_heads,
+            window_size=args.window_size,
+            drop_path=args.drop_path,
+        )
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    positions = bert.config.max_position_embeddings
+    if args.max_length > positions:
+        raise BadInput(f"--max-length {args.max_length}: the text model has {positions} positions")
+    # Without label prompts nothing would train the vectors, and random ones would only disturb zero-shot.
+    with_prompt = args.continuous_prompt and args.image_label and args.prompt_length > 0
+    prompt = prompts.ContinuousPrompt(args.prompt_length, bert.config.hidden_size) if with_prompt else None
+    if with_prompt and positions - args.prompt_length < 8:
+        raise BadInput(
+            f"--prompt-length {args.prompt_length} leaves no room for text: the text model has "
+            f"{positions} positions"
+        )
+    return UMCL(swin, TextEncoder(bert), prompt, embed_dim=args.embed_dim)
+
+
+def save_checkpoint(path, run, progress, **more):
+    """Writes a whole file beside the old one, then puts it in its place; it holds tensors and plain data."""
+    if not all(torch.isfinite(p).all() for p in run.model.parameters()):
+        raise BadInput(f"the weights are not finite any more, and {path} is left as it was; try a lower --lr")
+    state = {
+        "kind": "umcl",
+        "model": run.model.state_dict(),
+        "args": vars(run.args),
+        "findings": run.findings,
+        "tokenizer": run.tokenizer.backend_tokenizer.to_str(),
+        "bert": run.model.text_encoder.bert.config.to_json_string(),
+        "progress": progress,
+        **more,
+    }
+    temporary = Path(f"{path}.tmp")
+    try:
+        torch.save(state, temporary)
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except (OSError, RuntimeError) as error:  # torch.save's own error does not say that the disk is full
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise BadInput(f"{path} cannot be written; is the disk full? ({error})") from error
+
+
+def sync(path):
+    """Has what was written to a file, or the names in a folder, put on the disk: a crash cannot undo it."""
+    place = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(place)
+    finally:
+        os.close(place)
+
+
+def read_checkpoint(path):
+    """RUN/best.pt or RUN/last.pt -> dict of tensors and plain data, as save_checkpoint made it."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise BadInput(f"the checkpoint {path} is not there; `python train.py` makes one") from error
+    except Exception as error:  # torch.load has no error of its own for what it cannot read
+        raise BadInput(f"the checkpoint {path} is cut short or no checkpoint at all") from error
+    if not isinstance(state, dict) or state.get("kind") != "umcl":
+        raise BadInput(f"{path} is no checkpoint of this program")
+    return state
+
+
+def load_run(path, device="cpu"):
+    """RUN, RUN/best.pt or RUN/last.pt -> Run in evaluation mode; no text model and no network is needed."""
+    path = Path(path, "best.pt") if Path(path).is_dir() else Path(path)
+    return run_from_checkpoint(read_checkpoint(path), device)
+
+
+def run_from_checkpoint(state, device):
+    args = argparse.Namespace(**state["args"])
+    # "_" marks the library's own state, by which older versions would choose another form of attention.
+    fields = {name: value for name, value in json.loads(state["bert"]).items() if name[0] != "_"}
+    bert = BertModel(BertConfig.from_dict(fields), add_pooling_layer=False)
+    model = build_model(args, bert)
+    model.load_state_dict(state["model"])
+    return Run(model.to(device).eval(), wrap_tokenizer(state["tokenizer"]), state["findings"], args)
+
+
+def resolve_machine(args):
+    """Fills in --device auto and --precision auto -> torch.device, under torchrun that of this process."""
+    if args.device == "auto":
+        found = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
+        args.device = (found + ["cpu"])[0]
+    if args.device == "cuda" and "LOCAL_RANK" in os.environ:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(args.device)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
+    if args.precision == "auto":
+        units = {  # torch has no public question for a processor's bf16 units in the oldest version supported
+            "cuda": lambda: torch.cuda.is_bf16_supported(),
+            "cpu": lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
+        }.get(device.type, lambda: False)
+        args.precision = "bf16" if units() else "fp32"
+    return device
 
 
 # ------------------------------------------------------------------------------------------------ features
@@ -1229,9 +1380,7 @@ def run_tasks(args, run, encoded, chosen):
 
 def flags_that_differ(runs):
     """{flag: [value in each run]} of what can change a result but the seed, and the commit."""
-    from train import MACHINE  # train imports this module
-
-    apart = {"out", "resume", "seed", *MACHINE}
+    apart = {"out", "resume", "seed", *MACHINE_OPTIONS}
     names = dict.fromkeys(name for run in runs for name in vars(run.args) if name not in apart)
     values = {name: [getattr(run.args, name, None) for run in runs] for name in names}
     return {name: each for name, each in values.items() if any(value != each[0] for value in each)}
@@ -1312,18 +1461,16 @@ def print_comparison(paths, runs, results):
 
 def evaluate(args):
     """Runs the tasks, prints the table, writes what was asked for."""
-    import train  # train imports this module
-
     paths = args.compare or [newest_checkpoint() if args.checkpoint is None else args.checkpoint]
     paths = [Path(path, "best.pt") if Path(path).is_dir() else Path(path) for path in paths]
-    runs = [train.load_checkpoint(path) for path in paths]
+    runs = [load_run(path) for path in paths]
     args.data = args.data or runs[0].args.data  # all see the same records
     records, chosen = chosen_records(args, runs[0])
     args.classes = args.classes or classes_of(runs, data.vocabulary(records))
     results = []
     for path, run in zip(paths, runs, strict=True):
         run.args.device = args.device
-        run.model.to(train.resolve_machine(run.args))
+        run.model.to(resolve_machine(run.args))
         data.check_images(records, run.args.image_size)
         encoded = encode(run, records, args.skip_bad_images)
         if args.ids and data.fingerprint(data.read_ids(args.ids)) not in run.args.held_out:

@@ -24,7 +24,6 @@ import zlib
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,17 +32,24 @@ from safetensors.torch import load_file
 from tokenizers import BertWordPieceTokenizer, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel
 
 import data
 import evaluate
 import prompts
 from data import BadInput, number
+from evaluate import (
+    MACHINE_OPTIONS,
+    Run,
+    build_model,
+    read_checkpoint,
+    resolve_machine,
+    run_from_checkpoint,
+    save_checkpoint,
+    wrap_tokenizer,
+)
 from umcl import (
     MAX_LOGIT_SCALE,
-    UMCL,
-    SwinTransformer,
-    TextEncoder,
     contrastive_loss,
     label_mask,
     load_swin_weights,
@@ -54,9 +60,6 @@ SMALL_BERT = "small"  # --text-model: a BERT trained from scratch, with a vocabu
 MAX_SKIPPED = 3  # steps in a row whose loss or gradient is not finite, before a run gives up
 READING_TIMEOUT = 600  # seconds to wait for a batch: a network folder may stall without an error
 PATIENCE = timedelta(hours=12)  # of the other processes, while the first validates
-# Options that say where and how a run is computed: they change it by rounding and random numbers at most.
-MACHINE = ("device", "workers", "micro_batch_size", "log_every", "save_every", "skip_bad_images")
-
 # fmt: off
 PRESETS = {  # REPRODUCE.md compares the values of "paper" with those of the family; all are ours
     "small": dict(  # minutes on two cores, both towers from scratch: phantoms and small data sets
@@ -200,7 +203,9 @@ def resumed_args(parser, argv, folder):
     new = {"device": "auto", "resume": folder, "out": folder}
     saved = vars(parser.parse_args([])) | read_checkpoint(Path(folder, "last.pt"))["args"] | new
     args = parser.parse_args(argv, argparse.Namespace(**saved))  # what is not given stays as it was saved
-    altered = [name for name in vars(args) if name not in MACHINE and getattr(args, name) != saved[name]]
+    altered = [
+        name for name in vars(args) if name not in MACHINE_OPTIONS and getattr(args, name) != saved[name]
+    ]
     if altered:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in altered)
         raise BadInput(f"{flags} would alter the result of {folder}; a run is resumed with its own options")
@@ -213,7 +218,7 @@ def run_folder(parser, args):
     if args.data != parser.get_default("data"):
         parts += [spec.partition("=")[0] for spec in args.data]
     for name, value in vars(args).items():
-        apart = name in ("data", "preset", "out", "resume", *MACHINE)
+        apart = name in ("data", "preset", "out", "resume", *MACHINE_OPTIONS)
         if apart or value == parser.get_default(name):
             continue
         flag = name.replace("_", "-")
@@ -225,28 +230,6 @@ def run_folder(parser, args):
 
 
 # --------------------------------------------------------------------------------------------------- model
-
-
-class Run(NamedTuple):
-    """A model and what it needs to be used: all of it is in the checkpoint."""
-
-    model: UMCL
-    tokenizer: PreTrainedTokenizerFast
-    findings: list
-    args: argparse.Namespace
-
-    @property
-    def device(self):
-        return self.model.log_scale.device
-
-    def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16")
-
-    def prompt_tokens(self, texts):
-        """Label prompts -> Tokens, cut so that the continuous prompt still fits into BERT's positions."""
-        positions = self.model.text_encoder.bert.config.max_position_embeddings
-        room = positions - (len(self.model.prompt.context) if self.model.prompt else 0)
-        return data.tokenize(self.tokenizer, texts, min(self.args.max_length, room))
 
 
 def learn_tokenizer(texts, size=2000):
@@ -265,12 +248,6 @@ def learn_tokenizer(texts, size=2000):
     names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(piece for piece in pieces if len(piece) == 1)]
     names += [piece[1:] if piece.startswith("▁") else f"##{piece}" for piece in pieces]
     return BertWordPieceTokenizer({name: i for i, name in enumerate(dict.fromkeys(names))}, lowercase=True)
-
-
-def wrap_tokenizer(tokenizer_json):
-    """The text form that a checkpoint holds -> transformers tokenizer."""
-    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer_json), **special)
 
 
 def load_text_model(name):
@@ -312,34 +289,6 @@ def build_text(args, texts):
     return BertModel(config, add_pooling_layer=False), tokenizer
 
 
-def build_model(args, bert):
-    """The parts put together; what an ablation takes away is taken away here or in train -> UMCL."""
-    try:
-        swin = SwinTransformer(
-            image_size=args.image_size,
-            patch_size=args.patch_size,
-            embed_dim=args.swin_dim,
-            depths=args.swin_depths,
-            num_heads=args.swin_heads,
-            window_size=args.window_size,
-            drop_path=args.drop_path,
-        )
-    except ValueError as error:
-        raise BadInput(str(error)) from error
-    positions = bert.config.max_position_embeddings
-    if args.max_length > positions:
-        raise BadInput(f"--max-length {args.max_length}: the text model has {positions} positions")
-    # Without label prompts nothing would train the vectors, and random ones would only disturb zero-shot.
-    with_prompt = args.continuous_prompt and args.image_label and args.prompt_length > 0
-    prompt = prompts.ContinuousPrompt(args.prompt_length, bert.config.hidden_size) if with_prompt else None
-    if with_prompt and positions - args.prompt_length < 8:
-        raise BadInput(
-            f"--prompt-length {args.prompt_length} leaves no room for text: the text model has "
-            f"{positions} positions"
-        )
-    return UMCL(swin, TextEncoder(bert), prompt, embed_dim=args.embed_dim)
-
-
 def load_image_weights(swin, file):
     """Puts pre-trained Swin weights from a .pt, .pth or .safetensors file into a SwinTransformer."""
     safetensors = file.endswith(".safetensors")
@@ -352,69 +301,6 @@ def load_image_weights(swin, file):
         raise BadInput(f"--image-weights {file}: {error}") from error
     except Exception as error:  # neither loader has one error for what it cannot read
         raise BadInput(f"--image-weights {file} cannot be read as weights ({error!r:.80})") from error
-
-
-def save_checkpoint(path, run, progress, **more):
-    """Writes a whole file beside the old one, then puts it in its place; it holds tensors and plain data."""
-    if not all(torch.isfinite(p).all() for p in run.model.parameters()):
-        raise BadInput(f"the weights are not finite any more, and {path} is left as it was; try a lower --lr")
-    state = {
-        "kind": "umcl",
-        "model": run.model.state_dict(),
-        "args": vars(run.args),
-        "findings": run.findings,
-        "tokenizer": run.tokenizer.backend_tokenizer.to_str(),
-        "bert": run.model.text_encoder.bert.config.to_json_string(),
-        "progress": progress,
-        **more,
-    }
-    temporary = Path(f"{path}.tmp")
-    try:
-        torch.save(state, temporary)
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
-    except (OSError, RuntimeError) as error:  # torch.save's own error does not say that the disk is full
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise BadInput(f"{path} cannot be written; is the disk full? ({error})") from error
-
-
-def sync(path):
-    """Has what was written to a file, or the names in a folder, put on the disk: a crash cannot undo it."""
-    place = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(place)
-    finally:
-        os.close(place)
-
-
-def read_checkpoint(path):
-    """RUN/best.pt or RUN/last.pt -> dict of tensors and plain data, as save_checkpoint made it."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise BadInput(f"the checkpoint {path} is not there; `python train.py` makes one") from error
-    except Exception as error:  # torch.load has no error of its own for what it cannot read
-        raise BadInput(f"the checkpoint {path} is cut short or no checkpoint at all") from error
-    if not isinstance(state, dict) or state.get("kind") != "umcl":
-        raise BadInput(f"{path} is no checkpoint of this program")
-    return state
-
-
-def load_checkpoint(path, device="cpu"):
-    """RUN/best.pt or RUN/last.pt -> Run in evaluation mode; no text model and no network is needed."""
-    return checkpoint_run(read_checkpoint(path), device)
-
-
-def checkpoint_run(state, device):
-    args = argparse.Namespace(**vars(build_parser().parse_args([])) | state["args"])  # options may be younger
-    # "_" marks the library's own state, by which older versions would choose another form of attention.
-    fields = {name: value for name, value in json.loads(state["bert"]).items() if name[0] != "_"}
-    bert = BertModel(BertConfig.from_dict(fields), add_pooling_layer=False)
-    model = build_model(args, bert)
-    model.load_state_dict(state["model"])
-    return Run(model.to(device).eval(), wrap_tokenizer(state["tokenizer"]), state["findings"], args)
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -671,27 +557,6 @@ def measures(run, loss, norm, parts):
     return {name: value.item() for name, value in line.items()}
 
 
-def resolve_machine(args):
-    """Fills in --device auto and --precision auto -> torch.device, under torchrun that of this process."""
-    if args.device == "auto":
-        found = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
-        args.device = (found + ["cpu"])[0]
-    if args.device == "cuda" and "LOCAL_RANK" in os.environ:
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.device(args.device)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
-    if args.precision == "auto":
-        units = {  # torch has no public question for a processor's bf16 units in the oldest version supported
-            "cuda": lambda: torch.cuda.is_bf16_supported(),
-            "cpu": lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
-        }.get(device.type, lambda: False)
-        args.precision = "bf16" if units() else "fp32"
-    return device
-
-
 def stream(*key):
     """Seed for the random numbers of one purpose, which the key tells from all others -> int below 2³²."""
     return zlib.crc32(repr(key).encode())
@@ -776,7 +641,7 @@ def begin(args, records):
     hold: all random numbers are functions of the seed and of where in the run they are drawn.
     """
     state = read_checkpoint(Path(args.resume, "last.pt")) if args.resume is not None else None
-    run = checkpoint_run(state, args.device)._replace(args=args) if state else new_run(args, records)
+    run = run_from_checkpoint(state, args.device)._replace(args=args) if state else new_run(args, records)
     groups = parameter_groups(run.model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=run.device.type != "mps")
     progress = {"step": 0, "epoch": 0, "best": -1.0, "records": len(records), "unreadable": [], "log": 0}

@@ -142,9 +142,13 @@ class UMCL(nn.Module):
         none = torch.zeros(0, self.image_projection.out_features, device=self.log_scale.device)
         return torch.cat([none, *(encode[kind](*inputs) for kind, *inputs in pieces)]), self.logit_scale()
 
+    def project_image(self, features):
+        """(..., F) float, features of the image tower -> (..., D) float32, unit length."""
+        return F.normalize(self.image_projection(features).float(), dim=-1)
+
     def encode_image(self, images):
         """(B, in_chans, H, W) float -> v (B, D) float32, unit length."""
-        return F.normalize(self.image_projection(self.image_encoder(images)).float(), dim=-1)
+        return self.project_image(self.image_encoder(images))
 
     def encode_text(self, input_ids, attention_mask):
         """Reports: (B, L) int64, (B, L) -> u (B, D) float32, unit length."""
@@ -380,6 +384,8 @@ class SwinTransformer(nn.Module):
             merge = PatchMerging(dim // 2, sides[i - 1], windows[i - 1], window) if i > 0 else nn.Identity()
             self.merges.append(merge)
             self.stages.append(nn.Sequential(*blocks))
+        by_rows = window_order(sides[-1], windows[-1]).argsort()
+        self.register_buffer("by_rows", by_rows, persistent=False)
         self.norm = nn.LayerNorm(self.num_features)
         self.apply(self._init)
 
@@ -390,15 +396,21 @@ class SwinTransformer(nn.Module):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def forward(self, images):
-        """(B, in_chans, H, W) float -> (B, num_features), mean over the last map after its norm."""
-        x = (
-            self.patch_embed(images).flatten(2)[:, :, self.first_order].transpose(1, 2)
-        )  # (B, L, C), window by window
+    def tokens(self, images):
+        """(B, in_chans, H, W) float -> (B, L, num_features), last map after its norm, window by window."""
+        x = self.patch_embed(images).flatten(2)[:, :, self.first_order].transpose(1, 2)  # (B, L, C)
         x = self.patch_norm(x)
         for merge, blocks in zip(self.merges, self.stages, strict=True):
             x = blocks(merge(x))
-        return self.norm(x).mean(1)
+        return self.norm(x)
+
+    def cells(self, images):
+        """(B, in_chans, H, W) float -> (B, S * S, num_features), the same row by row."""
+        return self.tokens(images)[:, self.by_rows]
+
+    def forward(self, images):
+        """(B, in_chans, H, W) float -> (B, num_features), mean over the cells of the last map."""
+        return self.tokens(images).mean(1)
 
 
 def swin_tiny(**overrides):

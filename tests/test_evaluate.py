@@ -17,7 +17,6 @@ from PIL import Image
 
 import data
 import evaluate
-import train
 from data import Record
 from evaluate import (
     auroc,
@@ -237,7 +236,7 @@ def test_of_1000_intervals_of_an_auroc_about_950_hold_the_truth():
 
 @pytest.fixture(scope="module")
 def run(tiny_run):
-    return train.load_checkpoint(tiny_run / "best.pt")
+    return evaluate.load_run(tiny_run / "best.pt")
 
 
 def alike(one, other):
@@ -853,7 +852,7 @@ def test_differences_are_between_runs_of_one_seed(family, tmp_path, capsys):
 
 
 def test_runs_of_two_commits_are_two_groups(family, capsys):
-    runs = [train.load_checkpoint(f"{family(n, {'seed': n, 'commit': 'ab'[n]})}/best.pt") for n in range(2)]
+    runs = [evaluate.load_run(f"{family(n, {'seed': n, 'commit': 'ab'[n]})}/best.pt") for n in range(2)]
     assert evaluate.groups_by_flags(runs) == [{0: 0}, {1: 1}]
 
 
@@ -920,7 +919,7 @@ def test_a_class_named_twice_counts_once(assess, tmp_path):
 
 
 def test_two_checkpoints_of_one_run_are_two_groups(tiny_run):
-    run = train.load_checkpoint(tiny_run / "best.pt")
+    run = evaluate.load_run(tiny_run / "best.pt")
     assert evaluate.groups_by_flags([run, run]) == [{0: 0}, {0: 1}]
 
 

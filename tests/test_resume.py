@@ -16,6 +16,7 @@ import torch
 from conftest import FORKS, TINY
 
 import data
+import evaluate
 import train
 
 CLOCK = ("seconds", "images_per_second")
@@ -212,7 +213,7 @@ def test_a_signal_is_answered_with_one_sentence_and_a_state_to_go_on_from(
     assert printed.out.splitlines()[-1].startswith(f"stopped by {name} after 2 of 6 steps")
     assert "Traceback" not in printed.err
     assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
-    assert train.load_checkpoint(tmp_path / "run" / "last.pt").findings
+    assert evaluate.load_run(tmp_path / "run" / "last.pt").findings
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_step(flags, stop_at, tmp_path, monkeypatch, capsys):
@@ -325,7 +326,7 @@ def test_a_worker_that_dies_ends_the_run_with_one_sentence(flags, tmp_path, monk
     monkeypatch.setattr(train, "training_step", murderous)
     assert train.main([*flags, "--epochs", "9", "--out", str(tmp_path / "run"), "--workers", "1"]) == 2
     assert "DataLoader worker" in refusal(capsys)
-    assert train.load_checkpoint(tmp_path / "run" / "last.pt").findings
+    assert evaluate.load_run(tmp_path / "run" / "last.pt").findings
 
 
 def test_images_that_do_not_come_end_the_run_with_one_sentence(flags, tmp_path, monkeypatch, capsys):
@@ -349,7 +350,7 @@ def test_a_data_folder_that_vanishes_ends_the_run_with_one_sentence(
     run = tmp_path / "run"
     assert train.main([*flags, "--epochs", "9", "--out", str(run), "--workers", workers]) == 2
     assert str(tmp_path / "cases" / "images") in refusal(capsys)
-    assert train.load_checkpoint(run / "last.pt").findings
+    assert evaluate.load_run(run / "last.pt").findings
 
 
 # ---------------------------------------------------------------------------------------------------- the log

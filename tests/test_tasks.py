@@ -18,7 +18,7 @@ from evaluate import drawn_by_patient, fine_tuned, logistic_regression
 
 @pytest.fixture(scope="module")
 def run(tiny_run):
-    return train.load_checkpoint(tiny_run / "best.pt")
+    return evaluate.load_run(tiny_run / "best.pt")
 
 
 def records_of(*label_sets, report="A report."):

@@ -487,7 +487,7 @@ def test_the_learned_vocabulary_gives_the_text_back():
 
 def test_the_tokenizer_comes_back_from_a_checkpoint(pretrain, steps, tmp_path):
     pretrain()
-    tokenizer, loaded = steps[0][0].tokenizer, train.load_checkpoint(tmp_path / "run" / "last.pt").tokenizer
+    tokenizer, loaded = steps[0][0].tokenizer, evaluate.load_run(tmp_path / "run" / "last.pt").tokenizer
     assert loaded.get_vocab() == tokenizer.get_vocab() and loaded(TEXTS) == tokenizer(TEXTS)
 
 
@@ -501,7 +501,7 @@ def test_a_checkpoint_holds_weights_options_findings_and_tokenizer(tiny_run):
 def test_a_loaded_checkpoint_gives_the_same_features(pretrain, steps, tmp_path):
     pretrain()
     run, batch = steps[-1]
-    model, loaded = run.model.eval(), train.load_checkpoint(tmp_path / "run" / "last.pt").model
+    model, loaded = run.model.eval(), evaluate.load_run(tmp_path / "run" / "last.pt").model
     images = data.normalise(batch.images)
     assert torch.equal(model.encode_image(images), loaded.encode_image(images))
     assert torch.equal(model.encode_text(*batch.reports[0]), loaded.encode_text(*batch.reports[0]))
@@ -634,7 +634,7 @@ def test_ctrl_c_saves_and_says_so(pretrain, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(train, "training_step", interrupted)
     assert pretrain() == 130 and "--resume" in capsys.readouterr().out
     assert state(tmp_path / "run")["progress"]["step"] == 3
-    assert train.load_checkpoint(tmp_path / "run" / "last.pt").findings
+    assert evaluate.load_run(tmp_path / "run" / "last.pt").findings
 
 
 def broken(chests, split):
