@@ -1405,6 +1405,12 @@ def to_device(batch, device):
     return [to_device(item, device) for item in batch] if isinstance(batch, list) else batch
 
 
+def readable(loader):
+    for batch in loader:
+        refuse_unreadable(batch.unreadable, 0)
+        yield batch
+
+
 def refuse_unreadable(sentences, budget):
     """Refuses more than a budget of images that cannot be read; sentences: one for each, as in a Batch."""
     if len(sentences) > budget:

@@ -1172,7 +1172,7 @@ def quick_scores(run, records):
     """What train watches after each epoch: the metrics without intervals -> {name: float}."""
     if not records:  # all of their patients may be held out
         return {}
-    encoded = encode(run, records, run.args.skip_bad_images)
+    encoded = encode(run, records, 0)
     results = zero_shot(run, encoded, draws=0) | retrieval(run, encoded, draws=0)
     watched = ("balanced accuracy", "i2t_P@1")
     return {name: results[name]["value"] for name in watched if name in results}

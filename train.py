@@ -21,7 +21,7 @@ import signal
 import sys
 import time
 import zlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -59,7 +59,7 @@ from umcl import (
 SMALL_BERT = "small"  # --text-model: a BERT trained from scratch, with a vocabulary of its own
 MAX_SKIPPED = 3  # steps in a row whose loss or gradient is not finite, before a run gives up
 READING_TIMEOUT = 600  # seconds to wait for a batch: a network folder may stall without an error
-PATIENCE = timedelta(hours=12)  # of the other processes, while the first validates
+PROCESS_TIMEOUT = timedelta(hours=12)  # the others wait while the first validates
 # fmt: off
 PRESETS = {  # REPRODUCE.md compares the values of "paper" with those of the family; all are ours
     "small": dict(  # minutes on two cores, both towers from scratch: phantoms and small data sets
@@ -157,8 +157,6 @@ def build_parser():
     t.add_argument("--warmup", type=share, default=0.1, help="share of the steps with a rising learning rate")
     t.add_argument("--clip", type=number(float, 1e-9), default=1.0, help="largest norm of the gradient")
     t.add_argument("--horizontal-flip", action=on_off, default=False, help='contradicts "left" in a report')
-    t.add_argument("--skip-bad-images", type=natural, default=0, metavar="N",
-                   help="leave out up to N different unreadable images and name them at the end")
 
     e = p.add_argument_group("machine")
     e.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -303,7 +301,61 @@ def load_image_weights(swin, file):
         raise BadInput(f"--image-weights {file} cannot be read as weights ({error!r:.80})") from error
 
 
-# ------------------------------------------------------------------------------------------------ training
+# ----------------------------------------------------------------------------------------------- processes
+
+
+def processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def print_once(sentence):
+    """Prints in the first process alone."""
+    if rank() == 0:
+        print(sentence, flush=True)
+
+
+def join_processes(device):
+    """Under torchrun: the process group. Also beside GPUs, what lies on the CPU goes over gloo."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=PROCESS_TIMEOUT)
+
+
+def from_all_ranks(value):
+    """A small value of each process -> list in the order of their ranks."""
+    if processes() == 1:
+        return [value]
+    values = [None] * processes()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def gather_rows(*tensors):
+    """The rows of all processes, in the order of their ranks -> as many tensors; only the own have a graph.
+
+    tensors: (n, ...) each; n may differ between processes, and may be 0.
+    """
+    counts = from_all_ranks(len(tensors[0]))
+    if len(counts) == 1 or max(counts) == 0:
+        return tensors
+    whole = []
+    for own in tensors:
+        padded = torch.nn.functional.pad(own.detach(), (0, 0, 0, max(counts) - len(own)))
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        parts = [part[:count] for part, count in zip(parts, counts, strict=True)]
+        parts[rank()] = own
+        whole.append(torch.cat(parts))
+    return whole
+
+
+# ------------------------------------------------------------------------------------------------- one step
 
 
 def lr_at(step, steps, warmup, peak):
@@ -322,65 +374,20 @@ def parameter_groups(model, weight_decay):
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 
-def processes():
-    return dist.get_world_size() if dist.is_initialized() else 1
+def pieces_of(batch, args):
+    """What there is to encode, at most --micro-batch-size at a time: images, reports, prompts, in order.
 
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def say(sentence):
-    """Prints it, of several processes in the first alone."""
-    if rank() == 0:
-        print(sentence)
-
-
-def join_processes(device):
-    """Under torchrun: the process group. Also beside GPUs, what lies on the CPU goes over gloo."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE)
-
-
-def of_all(value):
-    """A small value of each process -> list in the order of their ranks."""
-    if processes() == 1:
-        return [value]
-    values = [None] * processes()
-    try:
-        dist.all_gather_object(values, value)
-    except RuntimeError as error:
-        raise SystemExit(2) from error  # another process has ended, and has said why
-    return values
-
-
-def gathered(*tensors):
-    """The rows of all processes, in the order of their ranks -> as many tensors; only the own have a graph.
-
-    tensors: (n, ...) each; n may be another in each process, and 0.
+    DistributedDataParallel wants every parameter used in every process. So where a process's share of the
+    batch lacks images or prompts, one blank is encoded in their place, last, and losses ignores it.
     """
-    counts = of_all(len(tensors[0]))
-    if len(counts) == 1 or max(counts) == 0:
-        return tensors
-    whole = []
-    for own in tensors:
-        padded = torch.nn.functional.pad(own.detach(), (0, 0, 0, max(counts) - len(own)))
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
-        parts = [part[:count] for part, count in zip(parts, counts, strict=True)]
-        parts[rank()] = own
-        whole.append(torch.cat(parts))
-    return whole
-
-
-def pieces_of(batch, size):
-    """What there is to encode, at most `size` images or texts a piece: images, reports, prompts, in order."""
     inputs = [("image", data.normalise(batch.images))] if len(batch.rows) else []
     inputs += [("text", *tokens) for tokens in batch.reports]
     inputs += [("prompt", *batch.prompts)] if len(batch.prompt_rows) else []
+    if not len(batch.rows):
+        inputs.append(("image", batch.images.new_zeros(1, 1, args.image_size, args.image_size).float()))
+    if not len(batch.prompt_rows) and (batch.prompts is not None or not batch.reports):
+        inputs.append(("prompt", batch.rows.new_zeros(1, 3), batch.rows.new_ones(1, 3)))
+    size = args.micro_batch_size
     cut = [(kind, zip(*(t.split(size or len(t)) for t in tensors), strict=True)) for kind, *tensors in inputs]
     return [(kind, *piece) for kind, pieces in cut for piece in pieces]
 
@@ -389,15 +396,16 @@ def losses(args, batch, features, scale):
     """L(image, report) and L(image, label prompt) of a batch (REPRODUCE.md, the loss).
 
     Args:
-        features: (B + R + P, D) float, of the images, the reports and the distinct prompts. scale: τ.
+        features: (B + R + P, D) float, of the images, the reports and the distinct prompts; further rows are
+            ignored. scale: τ.
 
     Returns:
         {"report" or "prompt": (() float loss, (N, N) bool pairs removed or None, N)}, those the batch has.
     """
     counts = len(batch.rows), len(batch.report_rows), len(batch.prompt_labels)
-    images, reports, distinct = features.split(counts)
+    images, reports, distinct = features[: sum(counts)].split(counts)
     # An unknown finding makes no negative for its prompt; rule "equal" and UniCL's loss have no third state.
-    fitting = batch.present if args.positives or args.mask_rule == "equal" else ~batch.absent
+    possible = batch.present if args.positives or args.mask_rule == "equal" else ~batch.absent
     pairs = {  # features of images and of their texts, and what the label mask compares
         "report": (
             images[batch.report_rows],  # (R, D)
@@ -408,7 +416,7 @@ def losses(args, batch, features, scale):
         "prompt": (
             images[batch.prompt_rows],  # (Q, D)
             distinct[batch.prompt_index],  # (Q, D)
-            fitting[batch.prompt_rows],  # (Q, C)
+            possible[batch.prompt_rows],  # (Q, C)
             batch.prompt_labels[batch.prompt_index],  # (Q, C), one finding each
         ),
     }
@@ -416,7 +424,7 @@ def losses(args, batch, features, scale):
     contrast = unicl_loss if args.positives else contrastive_loss
     found = {}
     for name, tensors in pairs.items():
-        image_features, text_features, image_labels, text_labels = gathered(*tensors)
+        image_features, text_features, image_labels, text_labels = gather_rows(*tensors)
         if len(image_features):
             same = label_mask(image_labels, text_labels, rules[name]) if args.label_mask else None
             loss = contrast(image_features, text_features, scale, same)
@@ -427,44 +435,28 @@ def losses(args, batch, features, scale):
 def backward(run, batch, model, seed):
     """Adds up the gradients of L = L(image, report) + λ L(image, label prompt).
 
-    The loss is taken on the features alone and its gradient then carried through the towers. So the towers
-    may run twice, first without a graph and then piece by piece with one, and still the loss has the whole
-    batch for negatives (gradient caching: Gao et al., arXiv 2101.06983).
+    With --micro-batch-size the towers run over one piece at a time and once more on the way back, so that
+    memory holds the inner layers of one piece alone; the loss still has the whole batch for negatives.
 
     Args:
         model: run.model, or the DistributedDataParallel around it.
-        seed: of dropout and stochastic depth, which have to be alike in both passes.
+        seed: of dropout and stochastic depth.
 
     Returns:
         () float loss, and its parts as losses gives them.
     """
-    pieces = pieces_of(batch, run.args.micro_batch_size)
-    passes = [[piece] for piece in pieces] if run.args.micro_batch_size and pieces else [pieces]
-    cached = len(passes) > 1
+    micro = run.args.micro_batch_size
     torch.manual_seed(seed)
-    with run.autocast(), torch.set_grad_enabled(not cached):
-        encoded = [model(some) for some in passes]
-    features = torch.cat([each for each, _ in encoded]).detach().requires_grad_()
-    scale = encoded[-1][1].detach().requires_grad_()
+    with run.autocast():
+        features, scale = model(pieces_of(batch, run.args), recompute=micro is not None)
+    # All processes take the same loss, of the global batch, and DistributedDataParallel averages their
+    # gradients. That is right for τ; through the towers each sends back its own rows' share of a sum.
+    if processes() > 1:
+        features.register_hook(lambda gradient: gradient * processes())
     parts = losses(run.args, batch, features, scale)
     weight = {"report": 1.0, "prompt": run.args.prompt_weight}
     loss = sum(weight[name] * part for name, (part, _, _) in parts.items())
     loss.backward()
-
-    # All processes took the same loss, of the global batch, and DistributedDataParallel averages what they
-    # carry back. The scale's gradient is the same in each, so its mean is right; through the towers each
-    # carries back its own rows' share of a sum, which the number of processes makes a mean.
-    upstream = (features.grad * processes()).split([len(each) for each, _ in encoded])
-    torch.manual_seed(seed)
-    for i, (some, gradient) in enumerate(zip(passes, upstream, strict=True)):
-        last = i == len(passes) - 1
-        with contextlib.nullcontext() if last or model is run.model else model.no_sync():
-            if cached:
-                with run.autocast():
-                    encoded[i] = model(some)
-            own, own_scale = encoded[i]
-            # own.backward(gradient), and the scale's, once, in the same call, which every process makes.
-            ((own * gradient).sum() + own_scale * scale.grad * last).backward()
     return loss.detach(), parts
 
 
@@ -489,6 +481,9 @@ def training_step(run, batch, model, optimizer, lr, seed):
     return loss, norm, skipped, parts
 
 
+# ---------------------------------------------------------------------------------------- records and batches
+
+
 def load_split(args, split):
     """Records of a split without the patients who are held out; says how many images that costs."""
     records = data.load_records(args.data, split, args.limit, views=args.views, uncertain=args.uncertain)
@@ -501,7 +496,9 @@ def load_split(args, split):
     if args.hold_out:
         listed = data.listed_records(args.data, [id for file in args.hold_out for id in data.read_ids(file)])
         kept = data.hold_out(records, listed)
-        say(f"{split}: {len(records) - len(kept):,} of {len(records):,} images are of held-out patients")
+        print_once(
+            f"{split}: {len(records) - len(kept):,} of {len(records):,} images are of held-out patients"
+        )
         records = kept
     return records
 
@@ -511,7 +508,7 @@ def mislabelled(records, noise, drop, seed):
     labels of another one, which may be the same; then a share of the findings is said to be absent, and a
     record that has none left to be normal, where the data have such a label."""
     normal = frozenset({data.NO_FINDING}) & frozenset(data.vocabulary(records))
-    rng = np.random.default_rng(stream(seed, "labels"))
+    rng = np.random.default_rng(seed_for(seed, "labels"))
     labelled = [record for record in records if record.findings]
     labels = [(record.findings, record.absent) for record in labelled]
     wrong, other = rng.random(len(labels)) < noise, rng.integers(len(labels), size=len(labels))
@@ -527,7 +524,7 @@ def mislabelled(records, noise, drop, seed):
 def training_records(args):
     """The records that the chosen losses can use."""
     records = load_split(args, "train")
-    chance = np.random.default_rng(stream(args.seed, "label records")).random(len(records))
+    chance = np.random.default_rng(seed_for(args.seed, "label records")).random(len(records))
     records = [
         r for r, u in zip(records, chance, strict=True) if r.report is not None or u < args.label_records
     ]
@@ -541,23 +538,7 @@ def training_records(args):
     return records
 
 
-def measures(run, loss, norm, parts):
-    """What a line of log.jsonl says of a step: losses, and how many negatives the mask leaves to an image."""
-    line = {"loss": loss, "gradient_norm": norm, "logit_scale": run.model.logit_scale()}
-    for name, (part, removed, n) in parts.items():
-        pairs = removed.sum(1) - removed.diagonal().long() if removed is not None else torch.zeros(n)
-        left = n - 1 - pairs
-        line |= {
-            f"loss_{name}": part,
-            f"removed_{name}": pairs.sum().int(),  # false-negative pairs
-            f"least_negatives_{name}": left.min().int(),
-            f"mean_negatives_{name}": left.float().mean(),
-            f"rows_without_negatives_{name}": (left == 0).sum(),
-        }
-    return {name: value.item() for name, value in line.items()}
-
-
-def stream(*key):
+def seed_for(*key):
     """Seed for the random numbers of one purpose, which the key tells from all others -> int below 2³²."""
     return zlib.crc32(repr(key).encode())
 
@@ -575,9 +556,9 @@ class Batches(torch.utils.data.Dataset):
         epoch, rows = key
         items = []
         for row in rows:
-            torch.default_generator.manual_seed(stream(self.seed, "image", epoch, row))
+            torch.default_generator.manual_seed(seed_for(self.seed, "image", epoch, row))
             items.append(self.images[row])
-        torch.default_generator.manual_seed(stream(self.seed, "prompts", epoch))
+        torch.default_generator.manual_seed(seed_for(self.seed, "prompts", epoch))
         return self.collate(items)
 
 
@@ -590,7 +571,7 @@ def batch_keys(args, records, done):
     for step in range(done, args.epochs * per_epoch):
         epoch, place = divmod(step, per_epoch)
         if step == done or place == 0:
-            shuffler = torch.Generator().manual_seed(stream(args.seed, "order", epoch))
+            shuffler = torch.Generator().manual_seed(seed_for(args.seed, "order", epoch))
             order = torch.randperm(len(records), generator=shuffler).tolist()
         rows = order[place * args.batch_size : (place + 1) * args.batch_size]
         yield epoch, rows[rank() :: processes()]
@@ -634,23 +615,52 @@ def new_run(args, records):
     return Run(model.to(args.device), tokenizer, findings, args)
 
 
-def begin(args, records):
-    """A new run, or with --resume one as it was saved -> Run, its optimizer, its progress.
+# ------------------------------------------------------------------------------------------------ the loop
 
-    The progress is what a checkpoint holds of a run beside weights and moments. Of chance there is nothing to
-    hold: all random numbers are functions of the seed and of where in the run they are drawn.
+
+@dataclass
+class Progress:
+    """How far a run has come: what a checkpoint keeps beside weights, moments and options.
+
+    No generator state is saved: every random number is a function of the seed and the step.
     """
+
+    step: int = 0
+    epoch: int = 0
+    best: float = -1.0  # the highest sum of validation scores
+    seconds: float = 0.0
+    skipped: int = 0  # steps left out because loss or gradient was not finite
+    skipped_in_a_row: int = 0
+    records: int = 0
+    log_size: int = 0  # bytes of log.jsonl
+
+    def count(self, recent):
+        """Takes in and clears the steps since the last call, (loss, gradient norm, left out) each.
+
+        Returns:
+            the most steps left out one after the other.
+        """
+        longest = 0
+        for _, _, skipped in torch.stack(recent).tolist() if recent else ():
+            self.skipped += int(skipped)
+            self.skipped_in_a_row = (self.skipped_in_a_row + 1) * int(skipped)
+            longest = max(longest, self.skipped_in_a_row)
+        recent.clear()
+        return longest
+
+
+def begin(args, records):
+    """A new run, or with --resume the saved one -> Run, its optimizer, its Progress."""
     state = read_checkpoint(Path(args.resume, "last.pt")) if args.resume is not None else None
     run = run_from_checkpoint(state, args.device)._replace(args=args) if state else new_run(args, records)
     groups = parameter_groups(run.model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=run.device.type != "mps")
-    progress = {"step": 0, "epoch": 0, "best": -1.0, "records": len(records), "unreadable": [], "log": 0}
-    progress |= {"seconds": 0.0, "skips": [0, 0]}  # steps left out: in all, in a row
+    progress = Progress(records=len(records))
     if state:
         if "optimizer" not in state:
             raise BadInput(f"{args.resume}/last.pt holds a model alone, so its run cannot go on")
-        progress |= state["progress"]
-        if run.findings != data.vocabulary(records) or progress["records"] != len(records):
+        progress = Progress(**state["progress"])
+        if run.findings != data.vocabulary(records) or progress.records != len(records):
             raise BadInput(f"the data have changed since {args.resume} was begun; it cannot go on with them")
         optimizer.load_state_dict(state["optimizer"])
     return run, optimizer, progress
@@ -693,13 +703,13 @@ class Log:
         """One object; JSON has no word for what is not finite."""
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
         for name, value in line.items():
             if self.events and isinstance(value, int | float):
                 self.events.add_scalar(name, value, line["step"])
 
     def size(self):
         """Bytes, all of them put on the disk."""
-        self.file.flush()
         os.fsync(self.file.fileno())
         return self.file.tell()
 
@@ -707,13 +717,50 @@ class Log:
         self.file.close()
 
 
-def describe(run, records, valid):
-    """Says what there is to learn from and what learns."""
+def measures(run, loss, norm, parts):
+    """What a line of log.jsonl says of a step: losses, and how many negatives the mask leaves to an image."""
+    line = {"loss": loss, "gradient_norm": norm, "logit_scale": run.model.logit_scale()}
+    for name, (part, removed, n) in parts.items():
+        pairs = removed.sum(1) - removed.diagonal().long() if removed is not None else torch.zeros(n)
+        left = n - 1 - pairs
+        line |= {
+            f"loss_{name}": part,
+            f"removed_{name}": pairs.sum().int(),  # false-negative pairs
+            f"least_negatives_{name}": left.min().int(),
+            f"mean_negatives_{name}": left.float().mean(),
+            f"rows_without_negatives_{name}": (left == 0).sum(),
+        }
+    return {name: value.item() for name, value in line.items()}
+
+
+def print_sizes(run, records, valid):
+    """What there is to learn from and what learns."""
     reports, labelled = sum(r.report is not None for r in records), sum(bool(r.findings) for r in records)
-    say(f"{len(records):,} images to train on, {reports:,} with a report and {labelled:,} with a label")
-    say(f"{len(valid):,} to validate, {len(run.findings)} findings")
+    print_once(
+        f"{len(records):,} images to train on, {reports:,} with a report and {labelled:,} with a label"
+    )
+    print_once(f"{len(valid):,} to validate, {len(run.findings)} findings")
     for name, part in run.model.named_children():
-        say(f"{name}: {sum(p.numel() for p in part.parameters()):,} parameters")
+        print_once(f"{name}: {sum(p.numel() for p in part.parameters()):,} parameters")
+
+
+def save(out, run, optimizer, progress, log, started):
+    """Writes last.pt. At an epoch's end that is before its validation, so a resumed run validates again."""
+    progress.seconds, progress.log_size = time.time() - started, log.size()
+    save_checkpoint(Path(out, "last.pt"), run, vars(progress), optimizer=optimizer.state_dict())
+
+
+def validate(out, run, valid, progress, log):
+    """Scores the epoch, logs it and keeps the best -> sentence."""
+    scores = evaluate.quick_scores(run, valid)
+    run.model.train()
+    where = {"step": progress.step, "epoch": progress.epoch}
+    log.write(where | scores)
+    if sum(scores.values()) >= progress.best:
+        progress.best = sum(scores.values())
+        save_checkpoint(Path(out, "best.pt"), run, where | scores)
+    told = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+    return f"epoch {progress.epoch}: {told or 'nothing to validate by; the last epoch is the best'}"
 
 
 def train(args):
@@ -725,102 +772,83 @@ def train(args):
     torch.manual_seed(args.seed)
     device = resolve_machine(args)
     join_processes(device)
-    say(json.dumps({**vars(args), "processes": processes(), "torch": torch.__version__}))
+    print_once(json.dumps({**vars(args), "processes": processes(), "torch": torch.__version__}))
     records, valid = training_records(args), load_split(args, "valid")
     run, optimizer, progress = begin(args, records)
-    model = run.model
-    if processes() > 1:  # a process may have no prompt or no report at all in its share of a batch
-        model = DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
-    first, per_epoch = progress["step"], steps_per_epoch(args, records)
-    loader = training_loader(run, records, first)
+    print_sizes(run, records, valid)
+    model = run.model.train()
+    if processes() > 1:
+        model = DistributedDataParallel(model)
+    per_epoch = steps_per_epoch(args, records)
     steps = args.epochs * per_epoch
     warmup = math.ceil(args.warmup * steps)
-    describe(run, records, valid)
+    loader = training_loader(run, records, progress.step)
 
-    out, skips = Path(args.out), torch.tensor(progress["skips"], device=device, dtype=torch.float)
-    started = time.time() - progress["seconds"]
-    out.mkdir(parents=True, exist_ok=True)
-    log = Log(out, first, progress["log"]) if rank() == 0 else None  # others write nothing
-    bar = tqdm(total=steps, initial=first, unit="step", mininterval=1, disable=rank() > 0)
-
-    def save():
-        """Before an epoch's validation, so that a run that is resumed there validates again."""
-        progress.update(log=log.size(), seconds=time.time() - started, skips=[int(n) for n in skips])
-        save_checkpoint(out / "last.pt", run, progress, optimizer=optimizer.state_dict())
-
-    def validate():
-        scores = evaluate.quick_scores(run, valid)
-        run.model.train()
-        where = {"step": progress["step"], "epoch": progress["epoch"]}
-        log.write(where | scores)
-        told = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
-        bar.write(f"epoch {where['epoch']}: {told or 'nothing to validate by; the last epoch is the best'}")
-        if sum(scores.values()) >= progress["best"]:
-            progress["best"] = sum(scores.values())
-            save_checkpoint(out / "best.pt", run, where | scores)
-
-    with signals_noted() as noted, contextlib.closing(log) if log else contextlib.nullcontext(), bar:
-        if log and first == 0:
-            save()  # where nothing can be written, this says so before the first step
-        elif log and first % per_epoch == 0:
-            validate()
-        run.model.train()
-        stop, seen, since = 0, 0, time.time()
-        for step, batch in enumerate(loader, first + 1):
-            signals, unreadable, rows = zip(*of_all((noted, batch.unreadable, len(batch.rows))), strict=True)
-            stop = max(sum(signals, []), default=0)
+    first = rank() == 0  # the process that writes
+    if first:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+    log = Log(args.out, progress.step, progress.log_size) if first else None
+    bar = tqdm(total=steps, initial=progress.step, unit="step", mininterval=1, disable=not first)
+    started, stop, recent = time.time() - progress.seconds, 0, []
+    with signals_noted() as noted, contextlib.closing(log) if first else contextlib.nullcontext(), bar:
+        if first and progress.step == 0:
+            save(args.out, run, optimizer, progress, log, started)  # a full disk shows before the first step
+        elif first and progress.step % per_epoch == 0:
+            bar.write(validate(args.out, run, valid, progress, log))
+        since, steps_since = time.time(), 0
+        for step, batch in enumerate(data.readable(loader), progress.step + 1):
+            epoch_ends = step % per_epoch == 0
+            log_now = epoch_ends or step % args.log_every == 0
+            save_now = epoch_ends or step % args.save_every == 0
+            if log_now or processes() == 1:
+                stop = max(sum(from_all_ranks(noted), []), default=0)
             if stop:
                 break
-            progress["unreadable"] = sorted({*progress["unreadable"], *sum(unreadable, [])})
-            if rank() == 0:
-                data.refuse_unreadable(progress["unreadable"], args.skip_bad_images)
             lr = lr_at(step - 1, steps, warmup, args.lr)
-            progress.update(step=step, epoch=math.ceil(step / per_epoch))
-            epoch_ends = step % per_epoch == 0
+            seed = seed_for(args.seed, "step", step, rank())
+            batch = data.to_device(batch, device)
+            loss, norm, skipped, parts = training_step(run, batch, model, optimizer, lr, seed)
+            progress.step, progress.epoch = step, math.ceil(step / per_epoch)
+            recent.append(torch.stack([loss, norm, skipped]))
+            steps_since += 1
             bar.update()
-            if any(rows):
-                seed = stream(args.seed, "step", step, rank())
-                batch, seen = data.to_device(batch, device), seen + sum(rows)
-                loss, norm, skipped, parts = training_step(run, batch, model, optimizer, lr, seed)
-                skips += skipped
-                skips[1] *= skipped
-                if rank() == 0 and (epoch_ends or step % args.log_every == 0):
-                    now = time.time()
-                    line = {"step": step, "epoch": progress["epoch"], "lr": lr}
-                    line |= {"seconds": round(now - started, 2), "images_per_second": seen / (now - since)}
-                    line |= measures(run, loss, norm, parts)
-                    line |= {"skipped": int(skips[0]), "unreadable": len(progress["unreadable"])}
-                    log.write(line)
-                    if skips[1] >= MAX_SKIPPED:
-                        raise BadInput(
-                            f"loss or gradient was not finite in the last {int(skips[1])} steps, up to step "
-                            f"{step}; {out / 'last.pt'} holds the last good state; try a lower --lr, or "
-                            "--precision fp32"
-                        )
-                    shown = {name: value for name, value in line.items() if name.startswith("removed")}
-                    bar.set_postfix(loss=f"{line['loss']:.3f}", **shown, refresh=False)
-                    seen, since = 0, now
-            if rank() == 0 and (epoch_ends or step % args.save_every == 0):
-                save()
-            if rank() == 0 and epoch_ends:
-                validate()
-                seen, since = 0, time.time()
-        if rank() == 0 and stop and progress["step"] % per_epoch:  # at an epoch's end it is saved
-            save()
-        left_out = [image for image in progress["unreadable"] if rank() == 0]
-        if left_out:
-            log.write({"step": progress["step"], "unreadable_images": left_out})
+            if first and (log_now or save_now):
+                longest = progress.count(recent)
+            if first and log_now:
+                now = time.time()
+                line = {"step": step, "epoch": progress.epoch, "lr": lr, "seconds": round(now - started, 2)}
+                line["images_per_second"] = steps_since * min(args.batch_size, len(records)) / (now - since)
+                line |= measures(run, loss, norm, parts) | {"skipped": progress.skipped}
+                log.write(line)
+                bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
+                refuse_divergence(longest, step, args.out)
+                since, steps_since = now, 0
+            if first and save_now:
+                save(args.out, run, optimizer, progress, log, started)
+            if first and epoch_ends:
+                bar.write(validate(args.out, run, valid, progress, log))
+                since, steps_since = time.time(), 0
+        if first and stop and progress.step % per_epoch:  # at an epoch's end it is saved already
+            progress.count(recent)
+            save(args.out, run, optimizer, progress, log, started)
 
-    for sentence in left_out:
-        say(f"left out: {sentence}")
     if stop:
         name = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}[stop]
-        say(f"stopped by {name} after {progress['step']} of {steps} steps; --resume {out} goes on from there")
+        print_once(f"stopped by {name} after {progress.step} of {steps} steps; --resume {args.out} goes on")
     else:
-        say(f"{(time.time() - started) / 60:.1f} minutes; the best epoch is in {out / 'best.pt'}")
+        minutes = (time.time() - started) / 60
+        print_once(f"{minutes:.1f} minutes; the best epoch is in {Path(args.out, 'best.pt')}")
     if processes() > 1:
         dist.destroy_process_group()
     return 128 + stop if stop else 0
+
+
+def refuse_divergence(longest, step, out):
+    if longest >= MAX_SKIPPED:
+        raise BadInput(
+            f"loss or gradient was not finite in {longest} steps one after the other, up to step {step}; "
+            f"{Path(out, 'last.pt')} is as it was saved before; try a lower --lr, or --precision fp32"
+        )
 
 
 def main(argv=None):
@@ -829,10 +857,15 @@ def main(argv=None):
     except (BadInput, OSError) as error:  # OSError: a full disk, a folder that cannot be written
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:  # torch raises it in the middle of whatever runs
-        if "DataLoader" not in str(error):
+    except RuntimeError as error:  # torch has no other for what happens in another process
+        causes = {
+            "DataLoader": "reading the images has failed, maybe for want of memory",
+            "gloo|NCCL|nccl|Connection": "another process has ended or does not answer; its message says why",
+        }
+        cause = next((said for sign, said in causes.items() if re.search(sign, str(error))), None)
+        if cause is None:
             raise
-        print(f"train.py: reading the images has failed, maybe for want of memory: {error}", file=sys.stderr)
+        print(f"train.py: {cause} ({str(error).splitlines()[0]})", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("train.py: stopped by Ctrl-C; what was saved before is as it was", file=sys.stderr)

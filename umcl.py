@@ -27,6 +27,7 @@ import re
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 MAX_LOGIT_SCALE = 100.0  # family: CLIP
 
@@ -130,17 +131,22 @@ class UMCL(nn.Module):
         for projection in (self.image_projection, self.text_projection):
             nn.init.normal_(projection.weight, std=projection.in_features**-0.5)  # family: CLIP
 
-    def forward(self, pieces):
-        """All that a pass over some of a batch gives; DistributedDataParallel wants it from one call.
+    def forward(self, pieces, recompute=False):
+        """All features of a batch; DistributedDataParallel wants them from one call.
 
-        pieces: any number of ("image", images) and of ("text" or "prompt", input_ids, attention_mask).
+        Args:
+            pieces: any number of ("image", images) and of ("text" or "prompt", input_ids, attention_mask).
+            recompute: keep no inner layer of a piece, and run it again on the way back.
 
         Returns:
             the pieces' features one below the other, (N, D) float32, unit length; logit_scale, () float.
         """
         encode = {"image": self.encode_image, "text": self.encode_text, "prompt": self.encode_prompt}
-        none = torch.zeros(0, self.image_projection.out_features, device=self.log_scale.device)
-        return torch.cat([none, *(encode[kind](*inputs) for kind, *inputs in pieces)]), self.logit_scale()
+        features = [
+            checkpoint(encode[kind], *inputs, use_reentrant=False) if recompute else encode[kind](*inputs)
+            for kind, *inputs in pieces
+        ]
+        return torch.cat(features), self.logit_scale()
 
     def project_image(self, features):
         """(..., F) float, features of the image tower -> (..., D) float32, unit length."""

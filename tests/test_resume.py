@@ -30,7 +30,8 @@ def flags(cases):
 
 @pytest.fixture(autouse=True)
 def dropout(monkeypatch):
-    monkeypatch.setattr(train, "BertConfig", with_dropout)
+    for module in (train, evaluate):
+        monkeypatch.setattr(module, "BertConfig", with_dropout)
 
 
 def with_dropout(**sizes):
@@ -164,13 +165,13 @@ def test_lines_after_the_checkpoint_are_not_there_twice(flags, tmp_path):
 def quietly(*arguments):
     """What a process of its own does."""
     torch.set_num_threads(1)
-    train.BertConfig = with_dropout
+    train.BertConfig = evaluate.BertConfig = with_dropout
     sys.stdout = sys.stderr = open(os.devnull, "w")
     sys.exit(train.main(list(arguments)))
 
 
 def saved_step(run):
-    return train.read_checkpoint(run / "last.pt")["progress"]["step"]
+    return evaluate.read_checkpoint(run / "last.pt")["progress"]["step"]
 
 
 def test_a_run_survives_being_killed_fifty_times(flags, tmp_path):
@@ -263,7 +264,8 @@ def test_a_full_disk_ends_with_one_sentence_and_the_checkpoint_before(
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     monkeypatch.undo()
-    monkeypatch.setattr(train, "BertConfig", with_dropout)
+    for module in (train, evaluate):
+        monkeypatch.setattr(module, "BertConfig", with_dropout)
     assert train.main(["--resume", str(run)]) == 0
     assert train.main([*flags, "--out", str(whole)]) == 0 and same(run, whole)
 

@@ -650,35 +650,6 @@ def test_an_unreadable_image_is_refused_by_name(pretrain, chests, capsys):
     assert str(bad) in refusal(capsys)
 
 
-def test_unreadable_images_are_counted_named_and_skipped_on_demand(pretrain, chests, tmp_path, capsys):
-    bad = broken(chests, "train")
-    flags = ["--data", f"nih-chestxray14={chests}", "--batch-size", 14, "--epochs", 3, "--skip-bad-images", 1]
-    assert pretrain(*flags) == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out")]
-    assert str(bad) in line and line[10:] in log(tmp_path / "run")[1][-1]["unreadable_images"]
-    assert {line["unreadable"] for line in log(tmp_path / "run")[0]} == {1}
-
-
-def test_more_unreadable_images_than_the_budget_stop_a_run(pretrain, chests, capsys):
-    for record in data.load_records([f"nih-chestxray14={chests}"], "train")[:2]:
-        record.image.write_bytes(b"")
-    flags = ["--data", f"nih-chestxray14={chests}", "--batch-size", 14, "--skip-bad-images", 1]
-    assert pretrain(*flags) == 2 and "budget" in refusal(capsys)
-
-
-def test_a_first_batch_of_unreadable_images_is_skipped_on_demand(pretrain, chests, monkeypatch):
-    read, images = data.read_image, []
-
-    def bad_at_first(image):
-        images.append(image)
-        if len(images) <= 4:
-            raise data.BadInput(f"the image {image} cannot be read")
-        return read(image)
-
-    monkeypatch.setattr(data, "read_image", bad_at_first)
-    assert pretrain("--data", f"nih-chestxray14={chests}", "--batch-size", 4, "--skip-bad-images", 4) == 0
-
-
 def test_an_unreadable_validation_image_costs_no_training(pretrain, chests, steps, tmp_path, capsys):
     bad = broken(chests, "valid")
     assert pretrain("--data", f"nih-chestxray14={chests}") == 2 and str(bad) in refusal(capsys)
@@ -712,7 +683,7 @@ SENSELESS = """
     --label-noise=1.5 --label-drop=-1 --label-records=half --warmup=2 --warmup=nan --clip=-1 --lr=nan --lr=inf
     --weight-decay=-1 --drop-path=2 --prompt-weight=-1 --limit=-63 --epochs=0 --epochs=1.5 --batch-size=0
     --embed-dim=0 --prompt-length=-1 --max-length=2 --workers=-1 --seed=99999999999999999999 --image-size=0
-    --patch-size=0 --window-size=0 --swin-heads=0 --swin-depths=-1 --skip-bad-images=-1
+    --patch-size=0 --window-size=0 --swin-heads=0 --swin-depths=-1
 """
 
 
