@@ -9,8 +9,8 @@ import re
 import torch
 import torch.nn as nn
 
-# Finding -> its wordings. Training uses the first; the others are synonyms for zero-shot ensembles and for the
-# test of how much the wording matters. A finding that is not listed is worded as its data set names it.
+# Finding -> its wordings. Training uses the first; the others are synonyms, for zero-shot ensembles and to
+# test how much the wording matters. A finding that is not listed is worded as its data set names it.
 WORDINGS = {
     "No Finding": ("no acute cardiopulmonary abnormality", "normal lungs and heart"),
     "Atelectasis": ("atelectasis", "collapsed lung"),
