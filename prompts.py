@@ -1,7 +1,7 @@
 """Findings as text: wordings, discrete templates, zero-shot prompt sets, and the continuous prompt.
 
-A label becomes text by a prompt (paper): a discrete template around the finding's name, and before it
-learnable vectors in place of word embeddings, trained end to end. Templates and wordings are ours.
+A prompt turns a label into text (paper): a discrete template around the finding's name, and in front of it
+learnable vectors in the place of word embeddings, trained end to end. Templates and wordings are ours.
 """
 
 import re
@@ -9,8 +9,8 @@ import re
 import torch
 import torch.nn as nn
 
-# Finding -> how it may be worded; the first wording is the one that is trained. A finding that is not listed
-# is worded by its own name in lower case.
+# Finding -> its wordings. Training uses the first; the others are synonyms, for zero-shot ensembles and to
+# test how much the wording matters. A finding that is not listed is worded as its data set names it.
 WORDINGS = {
     "No Finding": ("no acute cardiopulmonary abnormality", "normal lungs and heart"),
     "Atelectasis": ("atelectasis", "collapsed lung"),
@@ -34,7 +34,7 @@ WORDINGS = {
     "Reproductive and Urinary System": ("the reproductive and urinary system", "the pelvis"),
 }
 
-# Finding -> how its absence may be worded, where "no" before the wording would not say it.
+# Finding -> wordings of its absence, where "no" and the wording would be wrong.
 NEGATIONS = {
     "No Finding": ("an acute cardiopulmonary abnormality", "abnormal lungs or heart"),
     "Support Devices": ("no support device", "no tube, line or pacemaker"),
@@ -48,23 +48,26 @@ TEMPLATES = {
 
 
 def wordings(finding):
-    """The ways to say a finding -> tuple of str, the trained one first."""
-    return WORDINGS.get(finding, (finding.replace("_", " ").lower(),))
+    """The wordings of a finding -> tuple of str, the trained one first; underscores become blanks."""
+    return WORDINGS.get(finding, (finding.replace("_", " "),))
 
 
 def negations(finding):
-    """The ways to say that a finding is absent -> tuple of str, as many as there are wordings."""
-    plain = (re.sub(r"^(an?|the) ", "", wording) for wording in wordings(finding))
-    return NEGATIONS.get(finding) or tuple(f"no {wording}" for wording in plain)
+    """The wordings of a finding's absence -> tuple of str, as many as there are wordings."""
+    without_article = (re.sub(r"^(an?|the) ", "", wording) for wording in wordings(finding))
+    return NEGATIONS.get(finding) or tuple(f"no {wording}" for wording in without_article)
 
 
 def in_template(template, wording):
-    """A wording in a template of TEMPLATES, by name, or in a text of one's own with {} in it -> str."""
+    """Puts a wording into a template -> str.
+
+    template: a name in TEMPLATES, or any other text with {} where the wording goes.
+    """
     return TEMPLATES.get(template, template).replace("{}", wording)
 
 
 def label_prompt(finding, template):
-    """The text that a label becomes: the finding's first wording in a template -> str."""
+    """The prompt that training uses for a finding: its first wording in the template -> str."""
     return in_template(template, wordings(finding)[0])
 
 
@@ -73,9 +76,9 @@ def prompt_set(findings, name, worded=wordings):
 
     Args:
         findings: names.
-        name: a template, for the one prompt that training with it uses, or "ensemble", for every wording in
-            every template.
-        worded: wordings, or negations for the prompts of a finding's absence.
+        name: a template, for one prompt a finding (the one that training with it uses), or "ensemble", for
+            every wording in every template.
+        worded: the function wordings, or negations for prompts that say the finding is absent.
 
     Returns:
         {finding: [text, ...]}
@@ -89,10 +92,10 @@ def prompt_set(findings, name, worded=wordings):
 
 
 def variants(findings, template):
-    """The trained prompt and those that one could have written instead, each other by one habit (ours).
+    """The trained prompt and others that a user might write, each with one change (ours).
 
-    Every template with the first and the last wording; the trained prompt in upper case, with a capital, with
-    a full stop or without its own, and in quotes; and "negated", which says the opposite.
+    They are: each template with the first wording and with a synonym; the trained prompt in upper case, with
+    a capital, with a full stop added or removed, and in quotes; and "negated", which says the opposite.
 
     Returns:
         {variant: {finding: [text]}}, the trained prompt first.
@@ -100,27 +103,27 @@ def variants(findings, template):
     trained = {finding: label_prompt(finding, template) for finding in findings}
     found = {f"{template}, as trained": trained}
     for name in TEMPLATES:
-        for which, habit in ((0, ""), (-1, ", synonym")):
+        for which, change in ((0, ""), (-1, ", synonym")):
             if (name, which) != (template, 0):
-                found[name + habit] = {
+                found[name + change] = {
                     finding: in_template(name, wordings(finding)[which]) for finding in findings
                 }
-    habits = {
+    changes = {
         "upper case": str.upper,
         "capital": lambda text: text[0].upper() + text[1:],
         "other ending": lambda text: text[:-1] if text.endswith(".") else text + ".",
         "quotes": lambda text: f'"{text}"',
     }
-    for habit, change in habits.items():
-        texts = {finding: change(text) for finding, text in trained.items()}
+    for change, changed in changes.items():
+        texts = {finding: changed(text) for finding, text in trained.items()}
         if texts != trained:
-            found[f"{template}, {habit}"] = texts
+            found[f"{template}, {change}"] = texts
     found["negated"] = {finding: in_template(template, negations(finding)[0]) for finding in findings}
     return {name: {finding: [text] for finding, text in texts.items()} for name, texts in found.items()}
 
 
 class ContinuousPrompt(nn.Module):
-    """[p_1 ... p_M]: learnable vectors in BERT's input embeddings, shared by all findings (paper, CoOp).
+    """p_1 ... p_M: learnable vectors among BERT's input embeddings (paper), one set for all findings (CoOp).
 
     Args:
         length: M, the number of vectors. dim: BERT's hidden size.
@@ -129,17 +132,17 @@ class ContinuousPrompt(nn.Module):
     def __init__(self, length, dim):
         super().__init__()
         self.context = nn.Parameter(torch.empty(length, dim))
-        nn.init.normal_(self.context, std=0.02)  # family: CoOp; BERT's own word embeddings have the same
+        nn.init.normal_(self.context, std=0.02)  # family: CoOp; BERT starts its word embeddings so, too
 
     def forward(self, embeddings, attention_mask):
-        """Inserts the vectors right after [CLS]; no token is written over and none changes its order.
+        """Inserts the vectors right after [CLS]; all tokens stay, in their order.
 
         Args:
             embeddings: (B, L, dim) float, word embeddings of [CLS], the text, [SEP] and padding.
-            attention_mask: (B, L).
+            attention_mask: (B, L), 1 for a token and 0 for padding.
 
         Returns:
-            the same two, M positions longer; so is what BERT makes of them (umcl.py::TextEncoder).
+            embeddings (B, M + L, dim) and attention_mask (B, M + L), with 1 at the vectors.
         """
         B, M = len(embeddings), len(self.context)
         embeddings = torch.cat(
