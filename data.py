@@ -37,7 +37,7 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache, lru_cache, partial
@@ -82,26 +82,18 @@ class Lacking(BadInput):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Record:
-    """One image and what its source says about it.
+    """One image and what its source says about it. A finding in none of the four sets is unknown."""
 
-    image: path of the file, or the grey image itself as (H, W) uint8.
-    report: text about the whole image, or None.
-    findings: those present. absent: those ruled out. uncertain: those hedged on. blank: those looked for and
-        not mentioned. All others are unknown. `settle` empties uncertain and blank.
-    patient: no patient is in two splits. source: name of the data set.
-    id: the image's name in lists of protocols. view: one of VIEWS, or "" where the source never says it.
-    """
-
-    image: Path | np.ndarray
-    report: str | None
-    findings: frozenset
-    patient: str
-    source: str
-    absent: frozenset = frozenset()
-    uncertain: frozenset = frozenset()
-    blank: frozenset = frozenset()
-    id: str = ""
-    view: str = ""
+    image: Path | np.ndarray  # path of the file, or the grey image itself as (H, W) uint8
+    report: str | None  # text about the whole image
+    findings: frozenset  # those present
+    patient: str  # of its source; no patient is in two splits
+    source: str  # name of the data set
+    absent: frozenset = frozenset()  # those ruled out
+    uncertain: frozenset = frozenset()  # those hedged on; `settle` empties it and the next
+    blank: frozenset = frozenset()  # those looked for and not mentioned
+    id: str = ""  # the image's name in lists of protocols
+    view: str = ""  # one of VIEWS, or "" where the source never says it
 
 
 # -------------------------------------------------------------------------------------------------- labels
@@ -151,10 +143,8 @@ def ruled_out(present, absent, findings):
 
 def restricted(records, findings):
     """The records with what is known of these findings alone, including what other findings imply."""
-    return [
-        replace(r, findings=r.findings & findings, absent=ruled_out(r.findings, r.absent, findings))
-        for r in records
-    ]
+    known = ((r.findings & findings, ruled_out(r.findings, r.absent, findings)) for r in records)
+    return [replace(r, findings=f, absent=a) for r, (f, a) in zip(records, known, strict=True)]
 
 
 def vocabulary(records):
@@ -336,30 +326,22 @@ class Tokens(NamedTuple):
 class Batch(NamedTuple):
     """The input of one training step: B images, R reports, Q labelled images, P distinct label prompts.
 
-    rows: (B,) int64, the places of these records in their list.
-    images: (B, 1, S, S) uint8; floats would take four times as long to copy to the device. See normalise.
-    present, absent: (B, C) bool.
-    reports: list of Tokens, R reports in all, sorted by length; each piece is padded to its longest.
-    report_rows: (R,) int64, the row of each report's image.
-    report_labels: (R, C) bool, a report's labels for the mask: the findings of its image, or none where no
-        disease is among them. Reports of two normal chests can differ, so they stay each other's negatives;
-        so do those of two chests with devices alone. Label prompts cannot differ in this way (ours).
-    prompts: Tokens of the P distinct prompts drawn in this batch, or None where none are trained.
-    prompt_labels: (P, C) bool, the one finding that each prompt names.
-    prompt_index, prompt_rows: (Q,) int64, the prompt and the row of each labelled image.
+    Reports of two normal chests can differ, so they stay each other's negatives, and so do those of two
+    chests with devices alone: the mask is given a report's labels only where a disease is among them. Label
+    prompts cannot differ in this way (ours).
     """
 
-    rows: torch.Tensor
-    images: torch.Tensor
-    present: torch.Tensor
-    absent: torch.Tensor
-    reports: list
-    report_rows: torch.Tensor
-    report_labels: torch.Tensor
-    prompts: Tokens
-    prompt_labels: torch.Tensor
-    prompt_index: torch.Tensor
-    prompt_rows: torch.Tensor
+    rows: torch.Tensor  # (B,) int64, the places of these records in their list
+    images: torch.Tensor  # (B, 1, S, S) uint8, a quarter of a float's bytes on the way to the device
+    present: torch.Tensor  # (B, C) bool
+    absent: torch.Tensor  # (B, C) bool
+    reports: list  # of Tokens, R rows in all, sorted by length; each piece is padded to its longest
+    report_rows: torch.Tensor  # (R,) int64, the row of each report's image
+    report_labels: torch.Tensor  # (R, C) bool, what each report stands for in the label mask
+    prompts: Tokens  # P rows, the distinct prompts drawn in this batch; None where none are trained
+    prompt_labels: torch.Tensor  # (P, C) bool, the one finding that each prompt names
+    prompt_index: torch.Tensor  # (Q,) int64, the prompt of each labelled image
+    prompt_rows: torch.Tensor  # (Q,) int64, the row of each labelled image
 
 
 def tokenize(tokenizer, texts, max_length):
@@ -481,13 +463,8 @@ LEFT_OUT = 0.05  # share of the drawn findings that reports omit
 
 # Each patient's own strength is within 0.1 of these, so TRACE above 0.2 makes some mild cases undecidable.
 STRENGTH = {"mild": 0.3, "moderate": 0.6, "severe": 0.9}
-SIDES = {
-    "Atelectasis": ("left", "right", "bilateral"),
-    "Cardiomegaly": ("",),
-    "Consolidation": ("left", "right"),
-    "Edema": ("bilateral",),
-    "Pleural Effusion": ("left", "right", "bilateral"),
-}
+BOTH = ("left", "right", "bilateral")
+SIDES = dict(zip(PHANTOM_FINDINGS, (BOTH, ("",), ("left", "right"), ("bilateral",), BOTH), strict=True))
 ZONES = {"upper": -0.42, "middle": -0.1, "lower": 0.22}  # y of the middle of each third of a lung
 DEVICE_NAMES = ("endotracheal tube", "pacemaker", "leads")
 
@@ -605,11 +582,8 @@ def atelectasis(rng, p, strength, zone):
 
 
 SHADOWS = {
-    "Atelectasis": atelectasis,
-    "Consolidation": consolidation,
-    "Edema": edema,
-    "Pleural Effusion": effusion,
-}
+    "Atelectasis": atelectasis, "Consolidation": consolidation, "Edema": edema, "Pleural Effusion": effusion,
+}  # fmt: skip
 
 
 def bones(rng, p):
@@ -721,35 +695,27 @@ SENTENCES = {
     ),
 }
 DEGREES = {
-    "mild": ("mild", "slight", "minimal"),
-    "moderate": ("moderate", "medium-grade"),
+    "mild": ("mild", "slight", "minimal"), "moderate": ("moderate", "medium-grade"),
     "severe": ("severe", "marked", "pronounced"),
-}
+}  # fmt: skip
 AMOUNTS = {"mild": ("small", "minor"), "moderate": ("moderate", "medium"), "severe": ("large", "massive")}
 ABSENT = {  # a pneumothorax is never drawn
-    "Atelectasis": ("atelectasis", "lobar collapse"),
-    "Cardiomegaly": ("cardiomegaly", "cardiac enlargement"),
+    "Atelectasis": ("atelectasis", "lobar collapse"), "Cardiomegaly": ("cardiomegaly", "cardiac enlargement"),
     "Consolidation": ("focal consolidation", "focal airspace disease"),
     "Edema": ("pulmonary edema", "vascular congestion"),
-    "Pleural Effusion": ("pleural effusion", "pleural fluid"),
-    "Pneumothorax": ("pneumothorax",),
-}
+    "Pleural Effusion": ("pleural effusion", "pleural fluid"), "Pneumothorax": ("pneumothorax",),
+}  # fmt: skip
 NORMAL = (
-    "No acute cardiopulmonary process.",
-    "Normal chest radiograph.",
+    "No acute cardiopulmonary process.", "Normal chest radiograph.",
     "The lungs are clear and the heart is of normal size.",
     "Clear lungs; cardiomediastinal contours within normal limits.",
     "Unremarkable frontal view of the chest.",
-)
+)  # fmt: skip
 HARMLESS = (
-    "The bones are intact.",
-    "No acute osseous abnormality.",
-    "The trachea is midline.",
-    "Single frontal view of the chest.",
-    "The aortic arch is unremarkable.",
-    "Comparison is made to the prior study.",
-    "Upper abdomen is unremarkable.",
-)
+    "The bones are intact.", "No acute osseous abnormality.", "The trachea is midline.",
+    "Single frontal view of the chest.", "The aortic arch is unremarkable.",
+    "Comparison is made to the prior study.", "Upper abdomen is unremarkable.",
+)  # fmt: skip
 DEVICE_SENTENCES = ("{place} in place.", "Unchanged {place}.", "{place} noted, as before.")
 
 
@@ -880,11 +846,8 @@ def find_table(root, name, *others):
 
 def base_of(root, relatives):
     """The folder, root or up to two below it, in which one of the relative paths is a file, or None."""
-    for depth in range(3):
-        for base in sorted(Path(root).glob("*/" * depth)) if depth else [Path(root)]:
-            if any((base / relative).is_file() for relative in relatives):
-                return base
-    return None
+    found = next(filter(None, (find(root, relative) for relative in relatives)), None)
+    return found and next(base for base in found.parents if str(found.relative_to(base)) in relatives)
 
 
 def images_under(root):
@@ -906,9 +869,7 @@ def interned(names):
 
 NOT_ANNOTATED = "unknown"  # the cell of a finding that the image's source does not look for
 CELLS = dict(zip(STATES, ("1", "0", "-1", ""), strict=True))
-STATE_OF = {cell: state for state, cell in CELLS.items()} | dict(
-    zip(("1.0", "0.0", "-1.0"), STATES, strict=False)
-)
+STATE_OF = dict(zip(("1", "0", "-1", "", "1.0", "0.0", "-1.0"), STATES + STATES, strict=False))
 
 
 @cache
@@ -920,9 +881,8 @@ def four_states(names, values):
             states[STATE_OF[value]].add(name)
         elif value != NOT_ANNOTATED:
             value = repr(value) if len(value) < 12 else f"of {len(value)} letters"  # it may be a report
-            raise BadInput(
-                f"column {name!r} has the value {value}, which is none of 1, 0, -1, {NOT_ANNOTATED} and blank"
-            )
+            known = f"1, 0, -1, {NOT_ANNOTATED} and blank"
+            raise BadInput(f"column {name!r} has the value {value}, which is none of {known}")
     return {state: interned(frozenset(group)) for state, group in states.items()}
 
 
@@ -959,10 +919,8 @@ def pick_split(splits, split):
         for r in records:
             first = owner.setdefault((r.source, r.patient), name)
             if first != name:
-                raise SharedPatient(
-                    f"patient {r.patient} of {r.source} is in the splits {first!r} and {name!r}; "
-                    "each patient belongs in one"
-                )
+                where = f"the splits {first!r} and {name!r}; each patient belongs in one"
+                raise SharedPatient(f"patient {r.patient} of {r.source} is in {where}")
     return splits[split]
 
 
@@ -1134,9 +1092,8 @@ def rsna(root, split):
     images, records = images_under(root), []
     for r in gloria_split(rsna_table(find_table(root, "stage_2_train_labels.csv")))[split]:
         image = images.get(r.id, Path(root, "stage_2_train_images", f"{r.id}.dcm"))
-        records.append(
-            replace(r, image=image, findings=frozenset({NO_FINDING}) if r.id in normal else r.findings)
-        )
+        present = frozenset({NO_FINDING}) if r.id in normal else r.findings
+        records.append(replace(r, image=image, findings=present))
     return records
 
 
@@ -1202,30 +1159,18 @@ def openi_reports(root):
         with reading(source / name):
             tree = ElementTree.fromstring(texts[name])
         text = {part.get("Label"): (part.text or "").strip() for part in tree.iter("AbstractText")}
-        reports.append(
-            {
-                "id": os.path.splitext(name)[0],
-                "findings": text.get("FINDINGS", ""),
-                "impression": text.get("IMPRESSION", ""),
-                "headings": [heading.text or "" for heading in tree.iter("major")],
-                "images": {image.get("id"): "" for image in tree.iter("parentImage")},
-            }
-        )
+        headings = [heading.text or "" for heading in tree.iter("major")]
+        views = {image.get("id"): "" for image in tree.iter("parentImage")}
+        report = {"id": os.path.splitext(name)[0], "headings": headings, "images": views}
+        reports.append(report | {each: text.get(each.upper(), "") for each in ("findings", "impression")})
     return reports
 
 
 MESH = {  # finding -> MeSH headings; other headings say nothing that the chest X-ray data sets share
-    NO_FINDING: ["normal"],
-    "Atelectasis": ["Pulmonary Atelectasis"],
-    "Cardiomegaly": ["Cardiomegaly"],
-    "Consolidation": ["Consolidation"],
-    "Edema": ["Pulmonary Edema"],
-    "Fracture": ["Fractures, Bone"],
-    "Lung Lesion": ["Mass", "Nodule"],
-    "Lung Opacity": ["Airspace Disease", "Infiltrate", "Opacity"],
-    "Pleural Effusion": ["Pleural Effusion"],
-    "Pneumonia": ["Pneumonia"],
-    "Pneumothorax": ["Pneumothorax"],
+    NO_FINDING: ["normal"], "Atelectasis": ["Pulmonary Atelectasis"], "Cardiomegaly": ["Cardiomegaly"],
+    "Consolidation": ["Consolidation"], "Edema": ["Pulmonary Edema"], "Fracture": ["Fractures, Bone"],
+    "Lung Lesion": ["Mass", "Nodule"], "Lung Opacity": ["Airspace Disease", "Infiltrate", "Opacity"],
+    "Pleural Effusion": ["Pleural Effusion"], "Pneumonia": ["Pneumonia"], "Pneumothorax": ["Pneumothorax"],
     "Support Devices": [
         "Catheters, Indwelling", "Implanted Medical Device", "Medical Device", "Tube, Inserted",
     ],
@@ -1240,11 +1185,9 @@ def mesh_states(headings):
 
 
 COVID_CLASSES = {  # folder -> finding
-    "COVID": "COVID-19",
-    "Lung_Opacity": "Lung Opacity",
-    "Normal": NO_FINDING,
+    "COVID": "COVID-19", "Lung_Opacity": "Lung Opacity", "Normal": NO_FINDING,
     "Viral Pneumonia": "Viral Pneumonia",
-}
+}  # fmt: skip
 
 
 def covid_radiography(root, split):
@@ -1439,9 +1382,8 @@ def balanced(records, finding, seed, number=None):
     present = [record for record in records if finding in record.findings]
     others = [record for record in records if finding not in record.findings]
     if len(others) < len(present):
-        raise BadInput(
-            f"{len(present)} images show {finding} and only {len(others)} do not; as many are needed"
-        )
+        counts = f"{len(present)} images show {finding} and only {len(others)} do not"
+        raise BadInput(f"{counts}; as many are needed")
     drawn = present + [others[i] for i in rng.choice(len(others), len(present), replace=False)]
     if number is None:
         return drawn
@@ -1451,32 +1393,40 @@ def balanced(records, finding, seed, number=None):
 
 
 class Protocol(NamedTuple):
-    read: object  # what --table names -> all records
-    rule: object  # these and a seed -> those of the list
-    seed: int  # of the published list where there is one
     table: str  # what --table has to name
+    read: object  # that -> all records
+    rule: object  # these and a seed -> those of the list
+    seed: int = 0  # of the published list where there is one
 
 
-RSNA_TABLE, CHEXPERT_TABLE = "RSNA's stage_2_train_labels.csv", "CheXpert's train.csv"
-MIMIC_TABLE = "MIMIC-CXR-JPG's metadata.csv.gz, with the split and the chexpert table beside it"
+def rsna_protocol(rule):
+    return Protocol("RSNA's stage_2_train_labels.csv", rsna_table, rule)
+
+
+def gloria_part(split, records, seed):
+    return gloria_split(records, seed)[split]
+
+
+def covid_normal(folder):
+    return [record for record in covid_folders(folder) if record.findings & {"COVID-19", NO_FINDING}]
+
+
 PROTOCOLS = {
-    "chexpert-5x200": Protocol(chexpert_table, gloria_5x200, 0, CHEXPERT_TABLE),
-    "chexpert-5x200-medclip": Protocol(chexpert_table, medclip_5x200, 42, CHEXPERT_TABLE),
-    "mimic-5x200": Protocol(lambda path: mimic_table(path, "validate", "test"), gloria_5x200, 0, MIMIC_TABLE),
-    "rsna-all": Protocol(rsna_table, lambda records, seed: records, 0, RSNA_TABLE),
-    "rsna-balanced": Protocol(rsna_table, lambda rs, seed: balanced(rs, "Pneumonia", seed), 0, RSNA_TABLE),
-    "rsna-gloria-train": Protocol(
-        rsna_table, lambda rs, seed: gloria_split(rs, seed)["train"], 0, RSNA_TABLE
+    "chexpert-5x200": Protocol("CheXpert's train.csv", chexpert_table, gloria_5x200),
+    "chexpert-5x200-medclip": Protocol("CheXpert's train.csv", chexpert_table, medclip_5x200, 42),
+    "mimic-5x200": Protocol(
+        "MIMIC-CXR-JPG's metadata.csv.gz, with the split and the chexpert table beside it",
+        lambda table: mimic_table(table, "validate", "test"),
+        gloria_5x200,
     ),
-    "rsna-gloria-valid": Protocol(
-        rsna_table, lambda rs, seed: gloria_split(rs, seed)["valid"], 0, RSNA_TABLE
-    ),
-    "rsna-gloria-test": Protocol(rsna_table, lambda rs, seed: gloria_split(rs, seed)["test"], 0, RSNA_TABLE),
+    "rsna-all": rsna_protocol(lambda records, seed: records),
+    "rsna-balanced": rsna_protocol(lambda records, seed: balanced(records, "Pneumonia", seed)),
+    **{f"rsna-gloria-{split}": rsna_protocol(partial(gloria_part, split)) for split in SPLITS},
     "covid-normal": Protocol(
-        lambda folder: [r for r in covid_folders(folder) if r.findings & {"COVID-19", NO_FINDING}],
+        "the folder of COVID-19 Radiography",
+        covid_normal,
         lambda records, seed: balanced(records, "COVID-19", seed, 3000),
         42,
-        "the folder of COVID-19 Radiography",
     ),
 }
 
@@ -1497,9 +1447,8 @@ def read_ids(path):
     try:
         ids = [id.strip() for id in Path(path).read_text(encoding="utf-8").split("\n") if id.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(
-            f"the list {path} cannot be read ({error}); `python data.py protocol` writes one"
-        ) from error
+        way_out = "`python data.py protocol` writes one"
+        raise BadInput(f"the list {path} cannot be read ({error}); {way_out}") from error
     if not ids:
         raise BadInput(f"the list {path} is empty; `python data.py protocol` writes one")
     return ids
@@ -1519,35 +1468,26 @@ def made_of(folder):
         return dict(json.loads(note.read_text())) if note.is_file() else {}
 
 
-def pack_image(image, file, side):
-    """Writes the image of a Record as a grey PNG of side x side pixels, unless it is there and whole."""
-    try:
-        if read_image(file).size == (side, side):
-            return
-    except BadInput:
-        pass  # not there, or damaged
-    pixels = evaluation_transform(side)(read_image(image))
-    file.parent.mkdir(exist_ok=True, parents=True)
-    temporary = file.with_suffix(".tmp")
-    v2.functional.to_pil_image(pixels).save(temporary, "PNG")
-    os.replace(temporary, file)
+def pack_images(side, jobs):
+    """Writes images of Records as grey PNG files of side x side pixels, unless they are there and whole.
 
+    jobs: [(image, file), ...]. Returns the error of each, or None; runs in loading processes.
+    """
 
-class Packing(torch.utils.data.Dataset):
-    """For loading processes: packs image i -> None, or the error."""
-
-    def __init__(self, images, files, side):
-        self.jobs = list(zip(images, files, strict=True))
-        self.side = side
-
-    def __len__(self):
-        return len(self.jobs)
-
-    def __getitem__(self, i):
+    def work(image, file):
+        with suppress(BadInput):  # not there, or damaged
+            if read_image(file).size == (side, side):
+                return None
         try:
-            return pack_image(*self.jobs[i], self.side)
+            pixels = evaluation_transform(side)(read_image(image))
+            file.parent.mkdir(exist_ok=True, parents=True)
+            temporary = file.with_suffix(".tmp")
+            v2.functional.to_pil_image(pixels).save(temporary, "PNG")
+            os.replace(temporary, file)
         except (BadInput, OSError) as error:
             return error
+
+    return [work(*job) for job in jobs]
 
 
 def pack_rows(chosen):
@@ -1577,33 +1517,26 @@ def pack(data, out, *, side, views=FRONTAL, workers=2, max_bad=100):
         BadInput: the folder holds something else, a patient is in two splits, or too much is unreadable.
     """
     out = Path(out)
-    splits = {
-        split: [
-            r for found in read_records(data, split).values() for r in found if not r.view or r.view in views
-        ]
-        for split in SPLITS
-    }
+    splits = {split: in_views(chain(*read_records(data, split).values()), views) for split in SPLITS}
     for records in splits.values():
         refuse_repeats(records, " and ".join(data))
     pick_split(splits, SPLITS[0])  # csv_table would refuse a patient in two splits, so do it before the work
-    images = [r.image for records in splits.values() for r in records]
-    check_images(list(chain(*splits.values())), 0)
-    rows = pack_rows([(split, r) for split, records in splits.items() for r in records])
+    chosen = [(split, r) for split, records in splits.items() for r in records]
+    check_images([r for _, r in chosen], 0)
+    rows = pack_rows(chosen)
     records = hashlib.sha256("\n".join(map(repr, rows)).encode()).hexdigest()
     made = {"data": list(data), "image_size": side, "records": records}
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
     if made_of(out) != made:
         if any(out.iterdir()):
-            raise BadInput(
-                f"{out} holds something else, or a pack of other data or another size; give another --out or "
-                "delete it"
-            )
+            what = f"{out} holds something else, or a pack of other data or another size"
+            raise BadInput(f"{what}; give another --out or delete it")
         (out / PACK).write_text(json.dumps(made))
-    packing = Packing(images, [out / row[0] for row in rows[1:]], side)
-    options = {"collate_fn": list, "num_workers": workers, "worker_init_fn": ignore_signals}
-    loader = torch.utils.data.DataLoader(packing, batch_size=16, **options)
+    jobs = [(r.image, out / row[0]) for (_, r), row in zip(chosen, rows[1:], strict=True)]
+    options = {"collate_fn": partial(pack_images, side), "worker_init_fn": ignore_signals}
+    loader = torch.utils.data.DataLoader(jobs, batch_size=16, num_workers=workers, **options)
+    errors = tqdm(chain.from_iterable(loader), total=len(jobs), unit="image", mininterval=1)
     bad = {}
-    errors = tqdm(chain.from_iterable(loader), total=len(images), unit="image", mininterval=1)
     for row, error in zip(rows[1:], errors, strict=True):
         if isinstance(error, BadInput):
             bad[row[0]] = str(error)
@@ -1612,18 +1545,20 @@ def pack(data, out, *, side, views=FRONTAL, workers=2, max_bad=100):
         elif error:
             raise error
     (out / "bad.txt").write_text("".join(f"{sentence}\n" for sentence in bad.values()))
-    if len(bad) > max_bad or len(bad) == len(images):
+    if len(bad) > max_bad:
         raise BadInput(
-            f"{len(bad)} of {len(images)} images cannot be read (see {out / 'bad.txt'}), more than --max-bad "
-            f"{max_bad}; with a larger one the same command goes on from here"
+            f"{len(bad)} images cannot be read, more than --max-bad {max_bad}; {out / 'bad.txt'} names them. "
+            "With a larger one the same command goes on from here"
         )
+    if len(bad) == len(jobs):
+        raise BadInput(f"there is nothing to pack: none of the {len(jobs)} images can be read")
     temporary = out / "table.csv.tmp"
     private = partial(os.open, mode=0o600)  # it holds reports
     with open(temporary, "w", encoding="utf-8", newline="", opener=private) as file:
         csv.writer(file).writerows(row for row in rows if row[0] not in bad)
         os.fsync(file.fileno())
     os.replace(temporary, out / "table.csv")
-    return len(images) - len(bad), list(bad.values())
+    return len(jobs) - len(bad), list(bad.values())
 
 
 # ----------------------------------------------------------------------------------------------- data sets
@@ -1654,14 +1589,9 @@ DATASETS = {
 def read_records(data, split):
     """Records of several data sets as their sources have them: all views, four states.
 
-    Args:
-        data: ["NAME" or "NAME=ROOT", ...] with names of DATASETS. split: one of SPLITS.
-
-    Returns:
-        {spec: records}, some perhaps empty.
-
-    Raises:
-        BadInput: an unknown name, a root that cannot be read, one id for two images.
+    data: ["NAME" or "NAME=ROOT", ...] with names of DATASETS. split: one of SPLITS.
+    Returns {spec: records}, some perhaps empty.
+    Raises BadInput: an unknown name, a root that cannot be read, one id for two images.
     """
     records = {}
     for spec in data:
@@ -1678,6 +1608,11 @@ def read_records(data, split):
     return records
 
 
+def in_views(records, views):
+    """The records with one of the views, and those whose source never says it -> list."""
+    return [record for record in records if not record.view or record.view in views]
+
+
 def refuse_repeats(records, where):
     for id, count in Counter(record.id for record in records if record.id).most_common(1):
         if count > 1:
@@ -1687,17 +1622,13 @@ def refuse_repeats(records, where):
 def load_records(data, split, limit=None, *, views=FRONTAL, uncertain="ignore"):
     """The records to train on or to evaluate, settled.
 
-    Args:
-        data, split: as for read_records. limit: keep the first so many of each data set (smoke runs).
-        views: those to keep, of VIEWS; images of data sets that never say the view are kept.
-        uncertain: one of UNCERTAIN, see settle.
-
-    Raises:
-        BadInput: as read_records; Lacking where nothing is left of a data set.
+    data, split: as for read_records. limit: keep the first so many of each data set (smoke runs).
+    views: see in_views. uncertain: one of UNCERTAIN, see settle.
+    Raises BadInput as read_records, and Lacking where nothing is left of a data set.
     """
     records = []
     for spec, found in read_records(data, split).items():
-        kept = [settle(record, uncertain) for record in found if not record.view or record.view in views]
+        kept = [settle(record, uncertain) for record in in_views(found, views)]
         if not kept:
             name = spec.partition("=")[0]
             without = f" with the view {' or '.join(views)}" if found else ""
@@ -1709,8 +1640,7 @@ def load_records(data, split, limit=None, *, views=FRONTAL, uncertain="ignore"):
 def listed_records(data, ids, uncertain="ignore"):
     """The records with these ids, in the order of the list, whatever their split and view.
 
-    Raises:
-        BadInput: an id that no image has, or that two have.
+    Raises BadInput: an id that no image has, or that two have.
     """
     listed = set(ids)
     records = [r for split in SPLITS for found in read_records(data, split).values() for r in found]
@@ -1733,12 +1663,12 @@ def summary(args):
     faults = 0
     for spec in args.data:
         try:
-            splits = {split: read_records([spec], split)[spec] for split in SPLITS}
+            faults += print_summary(
+                spec, {split: read_records([spec], split)[spec] for split in SPLITS}, args
+            )
         except SharedPatient as error:
             print(f"{spec}\n{error}\n")
             faults += 1
-            continue
-        faults += print_summary(spec, splits, args)
     return 1 if faults else 0
 
 
@@ -1768,7 +1698,7 @@ def print_summary(spec, splits, args):
         print(f"95 % up to {np.percentile(words, 95):.0f}, longest {words.max()}")
         twice = sum(count for count in Counter(reports).values() if count > 1)
         print(f"reports that stand more than once, word for word: {twice:,} of {len(reports):,}")
-    train = [settle(r, args.uncertain) for r in splits["train"] if not r.view or r.view in args.views]
+    train = [settle(record, args.uncertain) for record in in_views(splits["train"], args.views)]
     if vocabulary(train):
         same, masked, fitting = expected_pairs(train, args.batch_size)
         print(f"in a training batch of {args.batch_size}: {same:.1f} pairs of images with the same findings,")
@@ -1803,11 +1733,11 @@ def expected_pairs(records, batch_size):
 
 def protocol(args):
     """Writes the list of a protocol and prints its SHA-256 -> exit status."""
-    read, rule, seed, _ = PROTOCOLS[args.name]
-    seed = seed if args.seed is None else args.seed
-    records = read(args.table)
+    known = PROTOCOLS[args.name]
+    seed = known.seed if args.seed is None else args.seed
+    records = known.read(args.table)
     refuse_repeats(records, args.table)
-    chosen = rule(records, seed)
+    chosen = known.rule(records, seed)
     ids, patients = [record.id for record in chosen], len({record.patient for record in chosen})
     left = hold_out(records, chosen)
     shown = Counter(only_finding(r) or "none or several" for r in chosen)
@@ -1845,9 +1775,8 @@ def number_type(kind, low, high=sys.float_info.max):
 
 
 def build_parser():
-    p = argparse.ArgumentParser(
-        description="Look into data sets, rebuild protocols, pack images.", allow_abbrev=False
-    )
+    about = "Look into data sets, rebuild protocols, pack images."
+    p = argparse.ArgumentParser(description=about, allow_abbrev=False)
     commands = p.add_subparsers(metavar="COMMAND", required=True)
 
     def command(run, name, help):
@@ -1862,26 +1791,20 @@ def build_parser():
     s = command(summary, "summary", "count what is there and check it; status 1 where a check fails")
     data_options(s)
     s.add_argument("--uncertain", choices=UNCERTAIN, default="ignore", help="what -1 becomes in training")
-    s.add_argument(
-        "--batch-size", type=number_type(int, 1), default=128, help="for the expected false negatives"
-    )
+    s.add_argument("--batch-size", type=number_type(int, 1), default=128, help="for the pairs in a batch")
     r = command(protocol, "protocol", "write the list of ids of an evaluation set and print its SHA-256")
-    r.add_argument(
-        "name", choices=PROTOCOLS, help="; ".join(f"{n}: table is {p.table}" for n, p in PROTOCOLS.items())
-    )
+    needed = "; ".join(f"{name}: --table names {known.table}" for name, known in PROTOCOLS.items())
+    r.add_argument("name", choices=PROTOCOLS, help=needed)
     r.add_argument("--table", required=True, metavar="FILE", help="the published table, plain, .gz or .zip")
     r.add_argument("--out", required=True, metavar="FILE")
     r.add_argument("--seed", type=number_type(int, 0, 2**32 - 1), help="default: that of the published list")
     k = command(run_pack, "pack", "shrink every image to a PNG file once; goes on where it was stopped")
     data_options(k)
     k.add_argument("--out", required=True, metavar="FOLDER")
-    k.add_argument(
-        "--image-size", type=number_type(int, 1), default=256, help="pixels a side, the model's or more"
-    )
-    k.add_argument(
-        "--workers", type=number_type(int, 0), default=os.cpu_count(), help="processes that read images"
-    )
-    k.add_argument("--max-bad", type=number_type(int, 0), default=100, help="stop at more unreadable images")
+    side, count = number_type(int, 1), number_type(int, 0)
+    k.add_argument("--image-size", type=side, default=256, help="pixels a side, the model's or more")
+    k.add_argument("--workers", type=count, default=os.cpu_count(), help="processes that read images")
+    k.add_argument("--max-bad", type=count, default=100, help="stop at more unreadable images")
     return p
 
 
