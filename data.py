@@ -795,7 +795,7 @@ def reading(path, place=""):
     except DAMAGE as error:
         if getattr(error, "errno", None):
             raise BadInput(f"{path} cannot be read ({error.strerror})") from error
-        what = f"{type(error).__name__}: {error}"
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise BadInput(f"{path}{place} is cut short or damaged ({what}); get it again") from error
 
 
