@@ -39,7 +39,7 @@ def main():
         print(f"{IMAGES} images of {megabytes:.1f} MiB, {SIDE} pixels, torch {torch.__version__}")
         data.pack([f"csv={table}"], f"{folder}/pack", side=SIDE, workers=0)
         decoded = data.load_records([f"csv={table}"], "train")
-        packed = data.load_records([f"packed={folder}/pack"], "train")
+        packed = data.load_records([f"csv={folder}/pack"], "train")
         for name, transform in (
             ("evaluation", data.evaluation_transform(SIDE)),
             ("training", data.training_transform(SIDE)),
