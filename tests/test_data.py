@@ -56,10 +56,21 @@ def test_the_policy_is_its_truth_table(cell, column):
     assert settled(policy, **{finding: value, "Mass": str(int(beside))})[finding] == TRUTH[cell][column]
 
 
-@pytest.mark.parametrize("finding", data.CHEXPERT[1:])
-def test_of_an_uncertain_finding_the_competition_keeps_three(finding):
-    kept = finding in ("Atelectasis", "Edema", "Pleural Effusion")
-    assert settled("competition", **{finding: "-1"})[finding] == ("present" if kept else "absent")
+def test_of_an_uncertain_finding_the_competition_keeps_three():
+    outcomes = {name: settled("competition", **{name: "-1"})[name] for name in data.CHEXPERT[1:]}
+    present = {name for name, outcome in outcomes.items() if outcome == "present"}
+    assert present == {"Atelectasis", "Edema", "Pleural Effusion"} and set(outcomes.values()) == {
+        "present",
+        "absent",
+    }
+
+
+@pytest.mark.parametrize("policy", data.UNCERTAIN)
+def test_settling_keeps_all_but_the_states_and_makes_no_blank_image_normal(policy):
+    names = {"image": Path("a"), "report": "text", "patient": "1", "source": "s", "id": "i", "view": "PA"}
+    r = data.settle(Record(**names, **{state: frozenset({state}) for state in data.STATES}), policy)
+    assert {name: getattr(r, name) for name in names} == names and not r.uncertain and not r.blank
+    assert set(settled(policy, **dict.fromkeys(data.CHEXPERT, "")).values()) == {"unknown"}
 
 
 @pytest.mark.parametrize(
@@ -67,24 +78,6 @@ def test_of_an_uncertain_finding_the_competition_keeps_three(finding):
 )
 def test_beside_an_uncertain_finding_a_blank_is_absent_where_that_counts_as_present(policy, outcome):
     assert settled(policy, Edema="-1", Fracture="")["Fracture"] == outcome
-
-
-@pytest.mark.parametrize("policy", data.UNCERTAIN)
-def test_an_image_without_any_finding_is_unknown_not_normal(policy):
-    assert set(settled(policy, **dict.fromkeys(data.CHEXPERT, "")).values()) == {"unknown"}
-
-
-@pytest.mark.parametrize("policy", data.UNCERTAIN)
-def test_a_settled_record_has_no_uncertain_and_no_blank_finding(policy):
-    states = {state: frozenset({state}) for state in data.STATES}
-    r = data.settle(Record(Path("a"), "text", patient="1", source="s", **states, id="i", view="PA"), policy)
-    assert not r.uncertain and not r.blank
-
-
-def test_settling_keeps_all_but_the_states():
-    names = {"image": Path("a"), "report": "text", "patient": "1", "source": "s", "id": "i", "view": "PA"}
-    r = data.settle(Record(**names, findings=frozenset(), blank=frozenset("B")), "ones")
-    assert {name: getattr(r, name) for name in names} == names
 
 
 NAMES = ["Cardiomegaly", "Edema", "No Finding", "Support Devices"]
@@ -173,27 +166,20 @@ def patients(records, **options):
     return {split: {r.patient for r in part} for split, part in splits.items()}
 
 
-def test_no_patient_falls_into_two_splits():
-    assert sum(map(len, patients(cohort()).values())) == 50
-
-
-def test_splits_keep_every_record():
+def test_splits_keep_every_record_and_no_patient_falls_into_two():
     records = cohort()
     kept = [r for part in data.split_by_patient(records).values() for r in part]
     assert sorted(map(id, kept)) == sorted(map(id, records))
+    assert sum(map(len, patients(records).values())) == 50
+
+
+def test_the_seed_decides_the_split_and_the_order_of_the_records_does_not():
+    assert patients(cohort(), seed=3) == patients(cohort()[::-1], seed=3) != patients(cohort(), seed=4)
 
 
 def test_splits_have_their_shares_of_the_patients():
     found = patients(cohort(), shares=(0.6, 0.3, 0.1))
     assert {split: len(part) for split, part in found.items()} == {"train": 30, "valid": 15, "test": 5}
-
-
-def test_same_seed_same_split_in_whatever_order_the_records_come():
-    assert patients(cohort(), seed=3) == patients(cohort()[::-1], seed=3)
-
-
-def test_another_seed_is_another_split():
-    assert patients(cohort(), seed=3) != patients(cohort(), seed=4)
 
 
 def test_a_patient_in_two_splits_is_refused():
@@ -280,9 +266,10 @@ def test_evaluation_transform_shows_the_whole_image():
     assert shown.shape == (10, 10) and shown[0, 5] == shown[-1, 5] == 255
 
 
-def test_evaluation_transform_is_deterministic():
-    transform, image = data.evaluation_transform(10), Image.fromarray(GREY)
-    assert torch.equal(transform(image), transform(image))
+def test_the_evaluation_transform_is_deterministic_and_the_training_transform_varies():
+    image = Image.fromarray(GREY)
+    for transform, same in ((data.evaluation_transform(10), True), (data.training_transform(16), False)):
+        assert torch.equal(transform(image), transform(image)) == same
 
 
 def brighter_on_the_left(horizontal_flip):
@@ -292,17 +279,9 @@ def brighter_on_the_left(horizontal_flip):
     return {bool(t[..., :8].sum() > t[..., 8:].sum()) for t in (transform(image).float() for _ in range(30))}
 
 
-def test_training_transform_keeps_left_and_right():
-    assert brighter_on_the_left(horizontal_flip=False) == {True}
-
-
-def test_horizontal_flip_swaps_them_now_and_then():
-    assert brighter_on_the_left(horizontal_flip=True) == {True, False}
-
-
-def test_training_transform_varies():
-    transform, image = data.training_transform(16), Image.fromarray(GREY)
-    assert not torch.equal(transform(image), transform(image))
+@pytest.mark.parametrize(("horizontal_flip", "seen"), [(False, {True}), (True, {True, False})])
+def test_training_keeps_left_and_right_unless_it_is_told_to_flip(horizontal_flip, seen):
+    assert brighter_on_the_left(horizontal_flip) == seen
 
 
 def save_dicom(path, pixels, photometric="MONOCHROME2", jpeg=False, **tags):
@@ -337,18 +316,17 @@ def save_dicom(path, pixels, photometric="MONOCHROME2", jpeg=False, **tags):
     return path
 
 
-def test_dicom_is_read_to_its_grey_values(tmp_path):
-    assert np.array_equal(data.read_image(save_dicom(tmp_path / "a.dcm", GREY)), GREY)
-
-
-def test_dicom_monochrome1_is_read_with_bone_bright(tmp_path):
-    path = save_dicom(tmp_path / "a.dcm", 255 - GREY, "MONOCHROME1")
-    assert np.array_equal(data.read_image(path), GREY)
-
-
-def test_dicom_of_12_bits_is_scaled_to_8(tmp_path):
-    path = save_dicom(tmp_path / "a.dcm", GREY.astype(np.uint16) * 16, BitsStored=12, HighBit=11)
-    assert np.array_equal(data.read_image(path), GREY)
+@pytest.mark.parametrize(
+    ("pixels", "tags"),
+    [
+        (GREY, {}),
+        (255 - GREY, {"photometric": "MONOCHROME1"}),
+        (GREY.astype(np.uint16) * 16, {"BitsStored": 12, "HighBit": 11}),
+    ],
+    ids=["8 bits", "bone dark", "12 bits"],
+)
+def test_dicom_is_read_to_its_grey_values_with_bone_bright(tmp_path, pixels, tags):
+    assert np.array_equal(data.read_image(save_dicom(tmp_path / "a.dcm", pixels, **tags)), GREY)
 
 
 def test_dicom_compressed_as_jpeg_is_read(tmp_path):
@@ -455,43 +433,27 @@ def test_every_finding_of_an_image_gets_its_turn():
     assert drawn == {(True, False, False, False), (False, True, False, False)}
 
 
-def test_the_prompt_of_an_unlabelled_image_never_enters():
+def test_what_an_image_lacks_does_not_enter():
     assert collate().prompt_rows.tolist() == [0, 1, 2, 4, 5]
-
-
-def test_a_batch_without_labels_has_no_prompt():
     assert len(collate([record(report="Unknown.")] * 3).prompt_rows) == 0
-
-
-def test_without_label_prompts_none_is_drawn():
+    assert collate([record({"Edema"})] * 3).reports == []
     batch = collate(label_prompts=False)
     assert batch.prompts is None and len(batch.prompt_rows) == 0
 
 
-def test_report_rows_point_to_the_image_of_each_report():
+def test_every_report_enters_once_and_its_row_points_to_its_image():
     batch = collate()
+    assert sorted(batch.report_rows.tolist()) == [0, 2, 3, 4]
     texts = [MIXED[row].report for row in batch.report_rows]
     assert [t for piece in batch.reports for t in read(piece)] == read(data.tokenize(TOKENIZER, texts, 32))
 
 
-def test_every_report_enters_once():
-    assert sorted(collate().report_rows.tolist()) == [0, 2, 3, 4]
-
-
 @pytest.mark.parametrize("pieces", [1, 2, 4, 9])
-def test_reports_come_in_order_of_length(pieces):
-    lengths = [n for piece in collate(pieces=pieces).reports for n in piece.attention_mask.sum(1).tolist()]
-    assert lengths == sorted(lengths) and len(lengths) == 4
-
-
-@pytest.mark.parametrize("pieces", [1, 2, 4, 9])
-def test_each_piece_is_padded_to_its_longest(pieces):
-    for piece in collate(pieces=pieces).reports:
-        assert piece.input_ids.shape[1] == piece.attention_mask.sum(1).max()
-
-
-def test_a_batch_without_reports_has_no_piece():
-    assert collate([record({"Edema"})] * 3).reports == []
+def test_reports_come_in_order_of_length_and_each_piece_is_padded_to_its_longest(pieces):
+    lengths = [piece.attention_mask.sum(1) for piece in collate(pieces=pieces).reports]
+    assert torch.cat(lengths).tolist() == sorted(torch.cat(lengths).tolist()) and len(torch.cat(lengths)) == 4
+    for piece, found in zip(collate(pieces=pieces).reports, lengths, strict=True):
+        assert piece.input_ids.shape[1] == found.max()
 
 
 def test_the_first_unreadable_image_of_a_batch_takes_its_place(tmp_path):
@@ -578,19 +540,13 @@ def test_each_test_phantom_has_one_finding_and_each_finding_200():
     assert counts == {frozenset({finding}): 200 for finding in data.PHANTOM_FINDINGS}
 
 
-def test_all_test_phantoms_have_a_report():
+def test_all_test_phantoms_and_half_of_those_for_training_have_a_report():
     assert all(r.report for r in phantoms("test"))
-
-
-def test_half_of_the_training_phantoms_have_a_report():
     assert sum(r.report is not None for r in phantoms("train")) == len(phantoms("train")) / 2
 
 
-def test_training_phantoms_show_none_to_three_findings():
+def test_training_phantoms_show_none_to_three_findings_and_all_others_are_absent():
     assert {len(r.findings - {"No Finding"}) for r in phantoms("train")} == {0, 1, 2, 3}
-
-
-def test_every_finding_of_a_phantom_is_known():
     names = [*data.PHANTOM_FINDINGS, "No Finding"]
     assert all(sorted([*r.findings, *r.absent]) == sorted(names) for r in phantoms("train"))
 
