@@ -1,7 +1,7 @@
 """Reading images, by hand: `python tests/bench_data.py`.
 
 Full-size radiographs (2544 x 3056, grey JPEG, quality 95, as MIMIC-CXR-JPG has them) against the same images
-packed: what one loading process needs from the record to the tensor that the model is given. Both sides take
+packed as PNG: what one loading process needs from the record to the tensor that the model is given. Both sides take
 turns; the medians and the range of the ratio are over the rounds.
 """
 

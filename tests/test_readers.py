@@ -287,7 +287,7 @@ DAMAGES = {  # what happens: (layout, file, what becomes of its bytes, what the 
     "no path": ("chexpert", "train.csv", swap(b"/study1/view1_f", b""), "row 2: 'CheXpert-v1.0-small/train/"),
     "no split": ("csv", "table.csv", swap(b",train,", b",exam,"), "row 2: the split 'exam' is none of train"),
     "blank split": ("csv", "table.csv", swap(b",train,", b",,"), "row 2: the split '' is none of train"),
-    "no view": ("csv", "table.csv", swap(b",pa,", b",oblique,"), "row 2: the view 'oblique'"),
+    "no view": ("csv", "table.csv", swap(b",pa,", b",up,"), "row 2: the view 'up' is none of"),
     "no image": ("csv", "table.csv", swap(b"pictures/0.png", b""), "row 2, names no image"),
     "a report as a label": ("csv", "table.csv", swap(b",report,", b",text,"), "row 2: column 'text' has the value"),
 }  # fmt: skip
@@ -438,7 +438,8 @@ def test_a_patient_in_two_official_splits_fails_the_summary(tmp_path, capsys):
 
 
 SECTIONS = {  # report: (findings, impression, last paragraph)
-    " INDICATION:  ___\n \n FINDINGS: \n \n Clear.\n \n IMPRESSION: \n \n Normal.\n": ("Clear.", "Normal.", None),
+    " INDICATION:  ___\n \n FINDINGS: \n \n Clear.\n \n IMPRESSION: \n \n Normal.\n": (
+        "Clear.", "Normal.", None),
     " CHEST RADIOGRAPH\n \n COMPARISON:  ___.\n \n As before.\n": (None, None, "As before."),
     " HISTORY:  Dyspnea.\n \n FINDINGS AND IMPRESSION:  Mild edema.\n": (None, "Mild edema.", None),
     " One line.\n \n Another line.\n": (None, None, "Another line."),
