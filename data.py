@@ -153,13 +153,9 @@ def vocabulary(records):
 
 
 def label_matrices(records, findings):
-    """What is known of each finding in each record.
+    """What is known of each finding in each record -> present, absent: two (N, C) bool tensors.
 
-    Args:
-        findings: C names, the columns; others are left out.
-
-    Returns:
-        present, absent: two (N, C) bool tensors. A finding is unknown where both are False.
+    findings: C names, the columns; others are left out. A finding is unknown where both are False.
     """
 
     def table(sets):
@@ -187,8 +183,7 @@ MEAN, STD = 0.5, 0.25  # of grey values in 0 ... 1 (ours)
 def read_image(image):
     """The image of a Record -> Pillow image of mode "L".
 
-    Raises:
-        BadInput: the file is missing, empty, cut short, or no image.
+    Raises BadInput: the file is missing, empty, cut short, or no image.
     """
     if isinstance(image, np.ndarray):
         return Image.fromarray(image)
@@ -266,11 +261,9 @@ def an_image_under(root):
 
 
 def check_images(records, image_size):
-    """A look at a sample before a long run: images have to be there, and packed ones large enough.
+    """A look at a sample before a long run.
 
-    Raises:
-        BadInput: a data set has none of the sampled files, or was packed at fewer pixels than image_size,
-            the side that the model takes.
+    Raises BadInput: none of a data set's images is there, or its pack has fewer pixels a side than image_size.
     """
     for source in dict.fromkeys(record.source for record in records):
         images = [record.image for record in records if record.source == source]
@@ -365,11 +358,9 @@ class Collate:
     An unreadable image makes its BadInput the result in place of a Batch: exceptions of worker processes
     arrive as tracebacks. See readable.
 
-    Args:
-        records: the same list as that of Images. findings: C names.
-        prompts: Tokens of C label prompts, in the order of findings; None draws none.
-        tokenizer, max_length: for the reports.
-        pieces: number of pieces into which the reports of a batch are cut.
+    records: the same list as that of Images. findings: C names. prompts: Tokens of C label prompts, in the
+    order of findings; None draws none. tokenizer, max_length: for the reports. pieces: number of pieces into
+    which the reports of a batch are cut.
     """
 
     def __init__(self, records, findings, prompts, tokenizer, max_length, pieces=4):
@@ -423,11 +414,7 @@ class Collate:
 
 
 def readable(loader):
-    """The batches of a loader, until one has an unreadable image.
-
-    Raises:
-        BadInput: the image's.
-    """
+    """The batches of a loader; raises the BadInput of an unreadable image."""
     for batch in loader:
         if isinstance(batch, BadInput):
             raise batch
@@ -610,15 +597,10 @@ def device(p, name):
 
 
 def draw_phantom(rng, findings, size=64):
-    """Draw one chest.
+    """One chest -> (size, size) uint8 and {finding: Drawn}, "Support Devices" included if one was drawn.
 
-    Args:
-        rng: numpy Generator, the only source of chance.
-        findings: names out of PHANTOM_FINDINGS; any other, such as "No Finding", draws nothing.
-        size: pixels a side. The same state of `rng` gives the same patient at every size.
-
-    Returns:
-        (size, size) uint8, and {finding: Drawn}, with "Support Devices" among them if a device was drawn.
+    rng: numpy Generator, the only source of chance. The same state gives the same patient at every size.
+    findings: names out of PHANTOM_FINDINGS; any other, such as "No Finding", draws nothing. size: pixels a side.
     """
     severity = {f: pick(rng, list(STRENGTH)) for f in PHANTOM_FINDINGS}
     side = {f: pick(rng, SIDES[f]) for f in PHANTOM_FINDINGS}
@@ -666,34 +648,27 @@ SENTENCES = {
         "Linear opacities at the {side} lung base{s}, {severity}, likely atelectasis.",
         "{severity} plate-like atelectasis in the {side} lower lung{s}.",
         "{severity} {side} basal volume loss with elevation of the hemidiaphragm{s}.",
-        "{severity} subsegmental collapse at the {side} base{s}.",
-    ),
+        "{severity} subsegmental collapse at the {side} base{s}."),
     "Cardiomegaly": (
-        "{severity} cardiomegaly.",
-        "The heart is enlarged, to a {severity} degree.",
+        "{severity} cardiomegaly.", "The heart is enlarged, to a {severity} degree.",
         "{severity} enlargement of the cardiac silhouette.",
-        "The cardiothoracic ratio is increased, with {severity} cardiac enlargement.",
-    ),
+        "The cardiothoracic ratio is increased, with {severity} cardiac enlargement."),
     "Consolidation": (
         "{severity} consolidation in the {side} {place} lung zone.",
         "Patchy {severity} opacity in the {side} {place} lung, concerning for pneumonia.",
         "{severity} airspace disease in the {place} {side} lung.",
-        "There is {severity} focal opacification of the {side} {place} zone, consistent with consolidation.",
-    ),
+        "There is {severity} focal opacification of the {side} {place} zone, consistent with consolidation."),
     "Edema": (
-        "{severity} pulmonary edema.",
-        "{severity} vascular congestion with bilateral perihilar haze.",
+        "{severity} pulmonary edema.", "{severity} vascular congestion with bilateral perihilar haze.",
         "Engorged pulmonary vessels and septal lines, in keeping with {severity} interstitial edema.",
-        "{severity} bilateral perihilar opacities, suggesting fluid overload.",
-    ),
+        "{severity} bilateral perihilar opacities, suggesting fluid overload."),
     "Pleural Effusion": (
         "{severity} {side} pleural effusion{s}.",
         "Blunting of the {side} costophrenic angle{s} by {severity} pleural fluid.",
         "{severity} amount of fluid at the {side} lung base{s}.",
         "{severity} {side} effusion{s}, layering with a meniscus.",
-        "{severity} fluid collection{s} in the {side} pleural space{s}.",
-    ),
-}
+        "{severity} fluid collection{s} in the {side} pleural space{s}."),
+}  # fmt: skip
 DEGREES = {
     "mild": ("mild", "slight", "minimal"), "moderate": ("moderate", "medium-grade"),
     "severe": ("severe", "marked", "pronounced"),
@@ -810,8 +785,7 @@ def open_table(path):
 def read_table(path, columns=()):
     """Rows of a CSV file, plain or as .gz or .zip -> yields ("PATH, row N", {column: cell}).
 
-    Raises:
-        BadInput: no file, a column of `columns` is missing, or a row has too few or too many cells.
+    Raises BadInput: no file, a column of `columns` is missing, or a row has too few or too many cells.
     """
     path = Path(path)
     with reading(path), open_table(path) as file:
@@ -925,10 +899,9 @@ def pick_split(splits, split):
 
 
 def split_by_patient(records, shares=(0.7, 0.1, 0.2), seed=0):
-    """Splits for a data set without official ones: patients shuffled by the seed, cut by the shares (ours).
+    """Splits for a data set without official ones -> {split: records}, in the order of SPLITS.
 
-    Returns:
-        {split: records}, in the order of SPLITS.
+    Patients are shuffled by the seed and cut by the shares (ours).
     """
     patients = np.array(sorted({record.patient for record in records}))
     np.random.RandomState(seed).shuffle(patients)
@@ -1506,15 +1479,10 @@ def pack_rows(chosen):
 def pack(data, out, *, side, views=FRONTAL, workers=2, max_bad=100):
     """Shrinks every image of the data sets once and writes a table of them; goes on where it was stopped.
 
-    Args:
-        data: as for read_records. out: folder. side: pixels a side. views: those to keep.
-        workers: processes that read images. max_bad: number of images that may be unreadable.
-
-    Returns:
-        (number of images in the table, sentences on those left out, which are also in bad.txt).
-
-    Raises:
-        BadInput: the folder holds something else, a patient is in two splits, or too much is unreadable.
+    data: as for read_records. out: folder. side: pixels a side. views: those to keep.
+    workers: processes that read images. max_bad: number of images that may be unreadable.
+    Returns (number of images in the table, sentences on those left out, which are also in bad.txt).
+    Raises BadInput: the folder holds something else, a patient is in two splits, or too much is unreadable.
     """
     out = Path(out)
     splits = {split: in_views(chain(*read_records(data, split).values()), views) for split in SPLITS}
@@ -1565,25 +1533,15 @@ def pack(data, out, *, side, views=FRONTAL, workers=2, max_bad=100):
 
 # Of those that have reports, which text is an image's report; evaluate.py writes it into its results.
 REPORTS = {
-    "phantom": "drawn up with the image",
+    "phantom": "drawn up with the image", "openi": "impression and findings", "medpix2": "caption",
     "mimic-cxr": "impression and findings, else the last paragraph; nothing of indication or technique",
-    "openi": "impression and findings",
-    "covid-chestxray": "clinical notes",
-    "medpix2": "caption",
-    "csv": "the column report",
-}
+    "covid-chestxray": "clinical notes", "csv": "the column report",
+}  # fmt: skip
 DATASETS = {
-    "phantom": phantom,
-    "chexpert": chexpert,
-    "mimic-cxr": mimic_cxr,
-    "rsna": rsna,
-    "openi": openi,
-    "covid-radiography": covid_radiography,
-    "nih-chestxray14": nih_chestxray14,
-    "covid-chestxray": covid_chestxray,
-    "medpix2": medpix2,
-    "csv": csv_table,
-}
+    "phantom": phantom, "chexpert": chexpert, "mimic-cxr": mimic_cxr, "rsna": rsna, "openi": openi,
+    "covid-radiography": covid_radiography, "nih-chestxray14": nih_chestxray14,
+    "covid-chestxray": covid_chestxray, "medpix2": medpix2, "csv": csv_table,
+}  # fmt: skip
 
 
 def read_records(data, split):
@@ -1663,9 +1621,8 @@ def summary(args):
     faults = 0
     for spec in args.data:
         try:
-            faults += print_summary(
-                spec, {split: read_records([spec], split)[spec] for split in SPLITS}, args
-            )
+            splits = {split: read_records([spec], split)[spec] for split in SPLITS}
+            faults += print_summary(spec, splits, args)
         except SharedPatient as error:
             print(f"{spec}\n{error}\n")
             faults += 1
@@ -1716,9 +1673,8 @@ def print_summary(spec, splits, args):
 def expected_pairs(records, batch_size):
     """Expected numbers of false-negative pairs in a random batch.
 
-    Returns:
-        pairs of images whose known findings are the same; those of them with a disease, which the label mask
-        removes among reports; and pairs (image, another image's label prompt) that fit.
+    Returns pairs of images whose known findings are the same; those of them with a disease, which the label
+    mask removes among reports; and pairs (image, another image's label prompt) that fit.
     """
     pairs = batch_size * (batch_size - 1) / 2
     sets = Counter(record.findings for record in records if record.findings)

@@ -1,8 +1,8 @@
 """Reading images, by hand: `python tests/bench_data.py`.
 
 Full-size radiographs (2544 x 3056, grey JPEG, quality 95, as MIMIC-CXR-JPG has them) against the same images
-packed as PNG: what one loading process needs from the record to the tensor that the model is given. Both sides take
-turns; the medians and the range of the ratio are over the rounds.
+in a pack (PNG): what one loading process needs from the record to the tensor that the model is given. Both
+take turns; the medians and the range of the ratio are over the rounds.
 """
 
 import sys

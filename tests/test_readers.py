@@ -289,7 +289,7 @@ DAMAGES = {  # what happens: (layout, file, what becomes of its bytes, what the 
     "blank split": ("csv", "table.csv", swap(b",train,", b",,"), "row 2: the split '' is none of train"),
     "no view": ("csv", "table.csv", swap(b",pa,", b",up,"), "row 2: the view 'up' is none of"),
     "no image": ("csv", "table.csv", swap(b"pictures/0.png", b""), "row 2, names no image"),
-    "a report as a label": ("csv", "table.csv", swap(b",report,", b",text,"), "row 2: column 'text' has the value"),
+    "a report as a label": ("csv", "table.csv", swap(b",report,", b",text,"), "row 2: column"),
 }  # fmt: skip
 
 
