@@ -263,7 +263,7 @@ def an_image_under(root):
 def check_images(records, image_size):
     """A look at a sample before a long run.
 
-    Raises BadInput: none of a data set's images is there, or its pack has fewer pixels a side than image_size.
+    Raises BadInput: none of a data set's images is there, or its pack is smaller than image_size a side.
     """
     for source in dict.fromkeys(record.source for record in records):
         images = [record.image for record in records if record.source == source]
@@ -600,7 +600,7 @@ def draw_phantom(rng, findings, size=64):
     """One chest -> (size, size) uint8 and {finding: Drawn}, "Support Devices" included if one was drawn.
 
     rng: numpy Generator, the only source of chance. The same state gives the same patient at every size.
-    findings: names out of PHANTOM_FINDINGS; any other, such as "No Finding", draws nothing. size: pixels a side.
+    findings: names out of PHANTOM_FINDINGS; others, such as "No Finding", draw nothing. size: pixels a side.
     """
     severity = {f: pick(rng, list(STRENGTH)) for f in PHANTOM_FINDINGS}
     side = {f: pick(rng, SIDES[f]) for f in PHANTOM_FINDINGS}
