@@ -1,8 +1,8 @@
 """Reading images, by hand: `python tests/bench_data.py`.
 
 Full-size radiographs (2544 x 3056, grey JPEG, quality 95, as MIMIC-CXR-JPG has them) against the same images
-packed: what one loading process needs from the record to the tensor that the model is given. Both sides take
-turns; the medians and the range of the ratio are over the rounds.
+in a pack (PNG): what one loading process needs from the record to the tensor that the model is given. Both
+take turns; the medians and the range of the ratio are over the rounds.
 """
 
 import sys
@@ -39,7 +39,7 @@ def main():
         print(f"{IMAGES} images of {megabytes:.1f} MiB, {SIDE} pixels, torch {torch.__version__}")
         data.pack([f"csv={table}"], f"{folder}/pack", side=SIDE, workers=0)
         decoded = data.load_records([f"csv={table}"], "train")
-        packed = data.load_records([f"packed={folder}/pack"], "train")
+        packed = data.load_records([f"csv={folder}/pack"], "train")
         for name, transform in (
             ("evaluation", data.evaluation_transform(SIDE)),
             ("training", data.training_transform(SIDE)),

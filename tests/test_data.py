@@ -1,6 +1,7 @@
-"""Data sets as records, images as tensors, and records as batches."""
+"""Records and labels, images as tensors, records as batches, phantoms."""
 
-import json
+import io
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,12 +12,12 @@ from PIL import Image
 from transformers import BertConfig, BertModel
 
 import data
+import evaluate
 import prompts
 import train
+import umcl
 from data import BadInput, Record
 from umcl import UMCL, SwinTransformer, TextEncoder
-
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
 def record(findings=(), report=None, patient="1", absent=(), image=None):
@@ -24,94 +25,135 @@ def record(findings=(), report=None, patient="1", absent=(), image=None):
     return Record(image, report, frozenset(findings), patient, "test", frozenset(absent))
 
 
-# ------------------------------------------------------------------------------------------------- phantoms
+# -------------------------------------------------------------------------------------------- labels, settled
 
 
-def phantoms(split):
-    return data.load_records(["phantom=16"], split)
+def settled(policy, **values):
+    """Cells of a row -> what the policy makes of them."""
+    states = data.four_states(tuple(values), tuple(values.values()))
+    r = data.settle(Record(Path("a.png"), None, patient="1", source="test", **states), policy)
+    outcome = {name: "unknown" for name in values}
+    return outcome | dict.fromkeys(r.findings, "present") | dict.fromkeys(r.absent, "absent")
 
 
-def content(records):
-    return [(r.image.tobytes(), r.report, r.findings, r.absent, r.patient) for r in records]
+TRUTH = {  # cell, another present: ignore, zeros, ones, competition of edema, of fracture
+    ("1", False): ("present", "present", "present", "present", "present"),
+    ("1.0", True): ("present", "present", "present", "present", "present"),
+    ("0", False): ("absent", "absent", "absent", "absent", "absent"),
+    ("0.0", True): ("absent", "absent", "absent", "absent", "absent"),
+    ("-1", False): ("unknown", "absent", "present", "present", "absent"),
+    ("-1.0", True): ("unknown", "absent", "present", "present", "absent"),
+    ("", True): ("absent", "absent", "absent", "absent", "absent"),
+    (" ", False): ("unknown", "unknown", "unknown", "unknown", "unknown"),
+}
 
 
-def test_phantoms_are_a_pure_function():
-    assert content(data.phantom("16", "valid")) == content(data.phantom("16", "valid"))
+@pytest.mark.parametrize("column", range(5), ids=["ignore", "zeros", "ones", "competition", "other"])
+@pytest.mark.parametrize("cell", TRUTH)
+def test_the_policy_is_its_truth_table(cell, column):
+    value, beside = cell
+    policy, finding = [*data.UNCERTAIN, "competition"][column], "Fracture" if column == 4 else "Edema"
+    assert settled(policy, **{finding: value, "Mass": str(int(beside))})[finding] == TRUTH[cell][column]
 
 
-def test_the_order_of_findings_does_not_change_a_phantom():
-    names = ["Edema", "Cardiomegaly", "Pleural Effusion"]
-    one, other = (data.draw_phantom(np.random.default_rng(0), n, 16)[0] for n in (names, names[::-1]))
-    assert np.array_equal(one, other)
+def test_of_an_uncertain_finding_the_competition_keeps_three():
+    outcomes = {name: settled("competition", **{name: "-1"})[name] for name in data.CHEXPERT[1:]}
+    present = {name for name, outcome in outcomes.items() if outcome == "present"}
+    assert present == {"Atelectasis", "Edema", "Pleural Effusion"} and set(outcomes.values()) == {
+        "present",
+        "absent",
+    }
 
 
-def test_a_phantom_is_the_same_patient_at_every_size():
-    small, large = (data.phantom(size, "valid") for size in ("8", "24"))
-    assert [(r.report, r.findings) for r in small] == [(r.report, r.findings) for r in large]
+@pytest.mark.parametrize("policy", data.UNCERTAIN)
+def test_settling_keeps_all_but_the_states_and_makes_no_blank_image_normal(policy):
+    names = {"image": Path("a"), "report": "text", "patient": "1", "source": "s", "id": "i", "view": "PA"}
+    r = data.settle(Record(**names, **{state: frozenset({state}) for state in data.STATES}), policy)
+    assert {name: getattr(r, name) for name in names} == names and not r.uncertain and not r.blank
+    assert set(settled(policy, **dict.fromkeys(data.CHEXPERT, "")).values()) == {"unknown"}
 
 
-def test_what_follows_phantom_is_its_size():
-    assert phantoms("valid")[0].image.shape == (16, 16)
+@pytest.mark.parametrize(
+    ("policy", "outcome"), [("ignore", "unknown"), ("zeros", "unknown"), ("ones", "absent")]
+)
+def test_beside_an_uncertain_finding_a_blank_is_absent_where_that_counts_as_present(policy, outcome):
+    assert settled(policy, Edema="-1", Fracture="")["Fracture"] == outcome
 
 
-def test_a_phantom_size_that_is_no_number_is_refused():
-    with pytest.raises(BadInput, match="phantom=large"):
-        data.load_records(["phantom=large"], "valid")
+NAMES = ["Cardiomegaly", "Edema", "No Finding", "Support Devices"]
+KNOWN = {  # what an image shows, and what is ruled out beside it: (present, absent), in the order of NAMES
+    ("Edema",): ("0100", "0010"),
+    ("Edema", "Support Devices"): ("0101", "0010"),
+    ("Edema", "-Cardiomegaly", "-Hernia"): ("0100", "1010"),
+    ("Hernia",): ("0000", "0010"),
+    ("No Finding",): ("0010", "1100"),
+    ("Support Devices",): ("0001", "0000"),
+    (): ("0000", "0000"),
+}
 
 
-def test_no_two_phantoms_are_alike_within_a_split_or_across():
-    images = [r.image.tobytes() for split in data.SPLITS for r in phantoms(split)]
-    assert len(set(images)) == len(images)
+@pytest.mark.parametrize("names", KNOWN, ids=lambda names: " ".join(names) or "nothing")
+def test_what_is_known_of_each_finding_follows_from_the_labels(names):
+    absent = [name[1:] for name in names if name[0] == "-"]
+    matrices = data.label_matrices([record([n for n in names if n[0] != "-"], absent=absent)], NAMES)
+    assert tuple("".join(str(int(cell)) for cell in matrix[0]) for matrix in matrices) == KNOWN[names]
 
 
-def test_each_finding_shows_in_the_mean_of_its_images():
-    images = np.array([r.image for r in phantoms("test")], float)
-    for finding in data.PHANTOM_FINDINGS:
-        has = np.array([finding in r.findings for r in phantoms("test")])
-        error = images.std(0) * (1 / has.sum() + 1 / (~has).sum()) ** 0.5
-        deviations = np.abs(images[has].mean(0) - images[~has].mean(0)) / error
-        assert deviations.max() > 6  # in standard errors; chance gives 4 among 256 pixels
+def test_vocabulary_is_what_is_present_at_least_once():
+    records = [record({"Mass", "Edema"}), record({"Edema"}, absent={"Hernia"})]
+    assert data.vocabulary(records) == ["Edema", "Mass"]
 
 
-def test_each_test_phantom_has_one_finding_and_each_finding_200():
-    counts = Counter(r.findings for r in phantoms("test"))
-    assert counts == {frozenset({finding}): 200 for finding in data.PHANTOM_FINDINGS}
+SETS = [
+    {"Edema"}, {"Edema"}, {"Edema", "Mass"}, {"Edema", "Mass"}, {"Mass"}, {"No Finding"}, {"No Finding"},
+    {"No Finding", "Support Devices"}, {"Support Devices"}, {"Support Devices"}, set(), set(),
+]  # fmt: skip
 
 
-def test_all_test_phantoms_have_a_report():
-    assert all(r.report for r in phantoms("test"))
+def labelled(findings, absent=()):
+    return Record(Path("a"), None, frozenset(findings), "1", "test", frozenset(absent))
 
 
-def test_half_of_the_training_phantoms_have_a_report():
-    assert sum(r.report is not None for r in phantoms("train")) == len(phantoms("train")) / 2
+SAMPLE = [
+    labelled(findings, {"Hernia", *({"Mass"} - findings)} if n % 2 else ()) for n, findings in enumerate(SETS)
+]
 
 
-def test_training_phantoms_show_none_to_three_findings():
-    assert {len(r.findings - {"No Finding"}) for r in phantoms("train")} == {0, 1, 2, 3}
+def slow_pairs(records, batch_size):
+    """The double loop over all pairs that a batch may hold, and all findings that a prompt may name."""
+    same = ill = fits = 0
+    findings = sorted(set().union(*(r.findings for r in records)))
+    for one in records:
+        for other in records:
+            if one.findings and one.findings == other.findings:
+                same += 1
+                ill += bool(one.findings - {"No Finding", "Support Devices"})
+            for drawn in one.findings if other.findings else ():
+                absent = data.label_matrices([other], findings)[1][0, findings.index(drawn)]
+                fits += (not absent) / len(one.findings)
+    pairs = batch_size * (batch_size - 1) / len(records) ** 2
+    return pairs / 2 * same, pairs / 2 * ill, pairs * fits
 
 
-def test_every_finding_of_a_phantom_is_known():
-    names = [*data.PHANTOM_FINDINGS, "No Finding"]
-    assert all(sorted([*r.findings, *r.absent]) == sorted(names) for r in phantoms("train"))
+@pytest.mark.parametrize("batch_size", [2, 7, 100])
+def test_expected_pairs_equal_the_double_loop(batch_size):
+    assert data.expected_pairs(SAMPLE, batch_size) == pytest.approx(slow_pairs(SAMPLE, batch_size), rel=1e-5)
 
 
-def test_no_report_denies_a_drawn_finding():
-    for r in phantoms("train") + phantoms("test"):
-        if r.report and "No Finding" not in r.findings:
-            denials = [sentence for sentence in r.report.lower().split(".") if "no " in sentence]
-            names = [name for finding in r.findings for name in data.ABSENT[finding]]
-            assert not any(name in denial for name in names for denial in denials)
-            assert not any(sentence in r.report for sentence in data.NORMAL)
+def test_the_mask_of_a_batch_removes_as_many_pairs_as_expected():
+    findings = data.vocabulary(SAMPLE)
+    present, absent = data.label_matrices(SAMPLE, findings)
+    ill = present & present[:, [name not in data.NON_DISEASES for name in findings]].any(1, keepdim=True)
+    rng, removed = np.random.RandomState(0), []
+    for _ in range(2000):
+        rows = rng.randint(len(SAMPLE), size=6)
+        mask = umcl.label_mask(ill[rows], ill[rows], "equal")
+        removed.append((int(mask.sum()) - int(mask.diagonal().sum())) / 2)
+    error = np.std(removed) / len(removed) ** 0.5
+    assert abs(np.mean(removed) - data.expected_pairs(SAMPLE, 6)[1]) < 4 * error
 
 
-def test_most_reports_mention_what_was_drawn():
-    words = {"Cardiomegaly": ("heart", "cardi"), "Edema": ("edema", "congestion", "perihilar", "septal")}
-    for finding, own in words.items():
-        reports = [r.report.lower() for r in phantoms("test") if r.findings == {finding}]
-        assert np.mean([any(word in report for word in own) for report in reports]) > 0.9
-
-
-# --------------------------------------------------------------------------------------------------- splits
+# ----------------------------------------------------------------------------------------------------- splits
 
 
 def cohort():
@@ -124,14 +166,15 @@ def patients(records, **options):
     return {split: {r.patient for r in part} for split, part in splits.items()}
 
 
-def test_no_patient_falls_into_two_splits():
-    assert sum(map(len, patients(cohort()).values())) == 50
-
-
-def test_splits_keep_every_record():
+def test_splits_keep_every_record_and_no_patient_falls_into_two():
     records = cohort()
     kept = [r for part in data.split_by_patient(records).values() for r in part]
     assert sorted(map(id, kept)) == sorted(map(id, records))
+    assert sum(map(len, patients(records).values())) == 50
+
+
+def test_the_seed_decides_the_split_and_the_order_of_the_records_does_not():
+    assert patients(cohort(), seed=3) == patients(cohort()[::-1], seed=3) != patients(cohort(), seed=4)
 
 
 def test_splits_have_their_shares_of_the_patients():
@@ -139,257 +182,13 @@ def test_splits_have_their_shares_of_the_patients():
     assert {split: len(part) for split, part in found.items()} == {"train": 30, "valid": 15, "test": 5}
 
 
-def test_same_seed_same_split_in_whatever_order_the_records_come():
-    assert patients(cohort(), seed=3) == patients(cohort()[::-1], seed=3)
-
-
-def test_another_seed_is_another_split():
-    assert patients(cohort(), seed=3) != patients(cohort(), seed=4)
-
-
 def test_a_patient_in_two_splits_is_refused():
     with pytest.raises(BadInput, match="patient 7 .*'train'.*'test'"):
         data.pick_split({"train": [record(patient="7")], "test": [record(patient="7")]}, "train")
 
 
-# -------------------------------------------------------------------------------------------------- readers
+# ----------------------------------------------------------------------------------------------------- images
 
-
-def described(case, category="Head", caption="A caption."):
-    """One line of MedPix 2.0."""
-    row = {"U_id": case, "image": f"{case}_1", "Location Category": category}
-    return json.dumps(row | {"Description": {"Caption": caption}}, ensure_ascii=False)
-
-
-def medpix(root, **lines):
-    """Writes {file: [line, ...]}, and one case into each file that is not named."""
-    (root / "splitted_dataset").mkdir()
-    for file in ("train", "dev", "test"):
-        text = "\n".join(lines.get(file, [described(f"case-{file}")])) + "\n"
-        (root / "splitted_dataset" / f"descriptions_{file}.jsonl").write_text(text, encoding="utf-8")
-    return [f"medpix2={root}"]
-
-
-def write_table(path, *rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(rows) + "\n")
-
-
-def nih(root, *rows):
-    write_table(root / "Data_Entry_2017_v2020.csv", "Image Index,Finding Labels,Patient ID", *rows)
-    return [f"nih-chestxray14={root}"]
-
-
-def covid(root, *rows):
-    header = "patientid,finding,view,modality,folder,filename,clinical_notes"
-    write_table(root / "metadata.csv", header, *rows)
-    return [f"covid-chestxray={root}"]
-
-
-def everything(specs):
-    """The records of all splits by the name of their image."""
-    found = {}
-    for split in data.SPLITS:
-        try:
-            found |= {r.image.name: r for r in data.load_records(specs, split)}
-        except BadInput as error:
-            assert "no record" in str(error)  # a split of so few patients may be empty
-    return found
-
-
-def test_medpix_gives_image_caption_category_and_case(tmp_path):
-    (r,) = data.load_records(medpix(tmp_path, test=[described("MPX7", "Thorax", "A cyst.")]), "test")
-    image = tmp_path / "images" / "MPX7_1.png"
-    assert (r.image, r.report, r.findings, r.patient) == (image, "A cyst.", {"Thorax"}, "MPX7")
-
-
-def test_medpix_rules_out_the_other_four_categories(tmp_path):
-    (r,) = data.load_records(medpix(tmp_path, test=[described("MPX7", "Thorax")]), "test")
-    assert r.absent == {"Abdomen", "Head", "Reproductive and Urinary System", "Spine and Muscles"}
-
-
-@pytest.mark.parametrize(("split", "file"), [("train", "train"), ("valid", "dev"), ("test", "test")])
-def test_medpix_splits_are_the_official_ones(tmp_path, split, file):
-    assert [r.patient for r in data.load_records(medpix(tmp_path), split)] == [f"case-{file}"]
-
-
-@pytest.mark.parametrize("caption", ["", " ", None])
-def test_medpix_caption_without_a_word_is_no_report(tmp_path, caption):
-    (r,) = data.load_records(medpix(tmp_path, test=[described("MPX7", caption=caption)]), "test")
-    assert r.report is None
-
-
-def test_medpix_caption_may_hold_a_unicode_line_break(tmp_path):
-    caption = "One line\u2028and another."
-    (r,) = data.load_records(medpix(tmp_path, test=[described("MPX7", caption=caption)]), "test")
-    assert r.report == caption
-
-
-@pytest.mark.parametrize(
-    "bad",
-    ['{"U_id": "MPX7", ', '{"U_id": "MPX7"}', "[1]"],
-    ids=["cut", "without caption", "no object"],
-)
-def test_medpix_line_that_is_no_description_is_named_by_its_number(tmp_path, bad):
-    with pytest.raises(BadInput, match="descriptions_dev.jsonl.*line 2"):
-        data.load_records(medpix(tmp_path, dev=[described("MPX1"), bad]), "train")
-
-
-def test_medpix_case_in_two_splits_is_refused(tmp_path):
-    with pytest.raises(BadInput, match="MPX7"):
-        data.load_records(medpix(tmp_path, train=[described("MPX7")], test=[described("MPX7")]), "test")
-
-
-def test_nih_findings_are_split_at_the_bars(tmp_path):
-    found = everything(nih(tmp_path, "a.png,Edema|Hernia,1", "b.png,No Finding,2"))
-    assert found["a.png"].findings == {"Edema", "Hernia"} and found["b.png"].findings == {"No Finding"}
-
-
-def test_nih_findings_that_an_image_does_not_name_are_absent(tmp_path):
-    found = everything(nih(tmp_path, "a.png,Edema|Hernia,1", "b.png,No Finding,2", "c.png,Mass,3"))
-    assert found["a.png"].absent == {"No Finding", "Mass"}
-
-
-def test_nih_images_of_a_patient_stay_in_one_split(tmp_path):
-    specs = nih(tmp_path, *(f"{n}.png,Mass,{n % 20}" for n in range(60)))
-    owners = [{r.patient for r in data.load_records(specs, split)} for split in data.SPLITS]
-    assert sum(map(len, owners)) == 20
-
-
-@pytest.mark.parametrize("folder", ["images", "images_001/images", "images_012/images"])
-def test_nih_images_are_found_in_one_folder_or_in_many(tmp_path, folder):
-    (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / folder / "a.png").touch()
-    assert everything(nih(tmp_path, "a.png,Mass,1"))["a.png"].image == tmp_path / folder / "a.png"
-
-
-def test_nih_official_test_list_is_honoured(tmp_path):
-    specs = nih(tmp_path, *(f"{n}.png,Mass,{n}" for n in range(40)))
-    (tmp_path / "test_list.txt").write_text("3.png\n11.png\n")
-    assert [r.image.name for r in data.load_records(specs, "test")] == ["3.png", "11.png"]
-
-
-def test_nih_images_outside_the_test_list_are_for_training_and_validation(tmp_path):
-    specs = nih(tmp_path, *(f"{n}.png,Mass,{n}" for n in range(40)))
-    (tmp_path / "test_list.txt").write_text("3.png\n11.png\n")
-    assert [len(data.load_records(specs, split)) for split in ("train", "valid")] == [34, 4]
-
-
-def test_nih_patient_on_both_sides_of_the_test_list_is_refused(tmp_path):
-    specs = nih(tmp_path, "a.png,Mass,1", "b.png,Mass,1")
-    (tmp_path / "test_list.txt").write_text("b.png\n")
-    with pytest.raises(BadInput, match="patient 1 "):
-        data.load_records(specs, "test")
-
-
-def test_covid_gives_image_notes_and_patient(tmp_path):
-    r = everything(covid(tmp_path, "5,COVID-19,PA,X-ray,images,a.jpg,Fever."))["a.jpg"]
-    assert (r.image, r.report, r.patient) == (tmp_path / "images" / "a.jpg", "Fever.", "5")
-
-
-def test_covid_image_without_notes_has_no_report(tmp_path):
-    assert everything(covid(tmp_path, "5,COVID-19,PA,X-ray,images,a.jpg, "))["a.jpg"].report is None
-
-
-@pytest.mark.parametrize(
-    ("written", "read"),
-    [
-        ("Pneumonia/Viral/COVID-19", {"COVID-19"}),
-        ("COVID-19", {"COVID-19"}),
-        ('"COVID-19, ARDS"', {"COVID-19", "ARDS"}),
-        ("No Finding", {"No Finding"}),
-    ],
-)
-def test_covid_findings_are_read_from_new_and_from_old_releases(tmp_path, written, read):
-    assert everything(covid(tmp_path, f"5,{written},AP,X-ray,images,a.jpg,"))["a.jpg"].findings == read
-
-
-def test_covid_findings_that_an_image_does_not_name_are_unknown(tmp_path):
-    found = everything(covid(tmp_path, "5,COVID-19,PA,X-ray,images,a.jpg,", "6,SARS,PA,X-ray,images,b.jpg,"))
-    assert found["a.jpg"].absent == set()
-
-
-@pytest.mark.parametrize(
-    "row", ["COVID-19,PA,CT", "COVID-19,L,X-ray", "todo,PA,X-ray", "Unknown,PA,X-ray", ",PA,X-ray"]
-)
-def test_covid_rows_without_a_frontal_film_or_a_finding_are_left_out(tmp_path, row):
-    specs = covid(tmp_path, f"5,{row},images,a.jpg,", "6,COVID-19,AP Supine,X-ray,images,b.jpg,")
-    assert everything(specs).keys() == {"b.jpg"}
-
-
-@pytest.mark.parametrize(
-    ("name", "folder", "count"),
-    [
-        ("medpix2", "medpix2", 2050),
-        ("nih-chestxray14", "nih-chestxray14-1000", 1000),
-        ("covid-chestxray", "covid-chestxray-124", 124),
-    ],
-)
-def test_every_image_of_the_real_data_is_found(name, folder, count):
-    if not (SHARED / folder).is_dir():
-        pytest.skip(f"the shared copy of {name} is not here")
-    records = [r for split in data.SPLITS for r in data.load_records([f"{name}={SHARED / folder}"], split)]
-    assert len(records) == count and all(r.image.is_file() and r.findings for r in records)
-
-
-# ------------------------------------------------------------------------------------------------- bad input
-
-
-def test_an_unknown_data_set_is_answered_with_the_known_ones():
-    with pytest.raises(BadInput, match="'mimic'.*phantom, chexpert, mimic-cxr"):
-        data.load_records(["mimic"], "train")
-
-
-FILES = [
-    ("medpix2", "descriptions_train.jsonl"),
-    ("nih-chestxray14", "Data_Entry_2017_v2020.csv"),
-    ("covid-chestxray", "metadata.csv"),
-]
-
-
-@pytest.mark.parametrize(("name", "table"), FILES)
-def test_a_data_set_without_a_folder_is_refused(name, table):
-    with pytest.raises(BadInput, match=f"{name}=FOLDER"):
-        data.load_records([name], "train")
-
-
-@pytest.mark.parametrize(("name", "table"), FILES)
-def test_a_missing_folder_is_named(tmp_path, name, table):
-    with pytest.raises(BadInput, match="folder .*nowhere"):
-        data.load_records([f"{name}={tmp_path / 'nowhere'}"], "train")
-
-
-@pytest.mark.parametrize(("name", "table"), FILES)
-def test_a_missing_table_is_named(tmp_path, name, table):
-    with pytest.raises(BadInput, match=table):
-        data.load_records([f"{name}={tmp_path}"], "train")
-
-
-@pytest.mark.parametrize(
-    ("name", "table", "column"),
-    [(*FILES[1], "Patient ID"), (*FILES[2], "finding"), (*FILES[2], "clinical_notes")],
-)
-def test_a_missing_column_is_named(tmp_path, name, table, column):
-    header = ["Image Index", "Finding Labels", "Patient ID", "patientid", "finding", "view"]
-    header += ["modality", "folder", "filename", "clinical_notes"]
-    write_table(tmp_path / table, ",".join(h for h in header if h != column))
-    with pytest.raises(BadInput, match=f"{table} has no column '{column}'"):
-        data.load_records([f"{name}={tmp_path}"], "train")
-
-
-def test_no_record_left_is_refused(tmp_path):
-    with pytest.raises(BadInput, match="covid-chestxray.*'train'"):
-        data.load_records(covid(tmp_path, "5,COVID-19,Axial,CT,images,a.jpg,"), "train")
-
-
-def test_limit_takes_the_first_records_of_each_data_set(chests):
-    specs = ["phantom=16", f"nih-chestxray14={chests}"]
-    first, second = (data.load_records([spec], "train") for spec in specs)
-    limited = data.load_records(specs, "train", 3)
-    assert [r.patient for r in limited] == [r.patient for r in first[:3] + second[:3]]
-
-
-# -------------------------------------------------------------------------------------------------- images
 
 GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
@@ -433,12 +232,23 @@ def test_a_truncated_png_is_refused_wherever_it_is_cut(tmp_path, bits):
             data.read_image(tmp_path / "cut.png")
 
 
+@pytest.mark.parametrize("kept", [0, 1, 100, 0.3, 0.7])
+def test_a_jpeg_that_is_cut_short_is_named(kept, tmp_path):
+    Image.fromarray(GREY).resize((64, 64)).save(tmp_path / "image.jpg")
+    whole = (tmp_path / "image.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: kept if kept >= 1 else int(kept * len(whole))])
+    with pytest.raises(BadInput, match="cut.jpg cannot be read"):
+        data.read_image(tmp_path / "cut.jpg")
+
+
 @pytest.mark.parametrize("content", [None, b"", b"\x89PNG\r\n\x1a\n", b"no image at all"])
-def test_an_image_that_cannot_be_read_is_named_with_the_way_out(tmp_path, content):
+def test_an_image_that_cannot_be_read_is_named_once_with_the_way_out(tmp_path, content):
+    bad = tmp_path / "bad.png"
     if content is not None:
-        (tmp_path / "bad.png").write_bytes(content)
-    with pytest.raises(BadInput, match="bad.png.*--skip-bad-images"):
-        data.read_image(tmp_path / "bad.png")
+        bad.write_bytes(content)
+    _, error = data.Images([record(image=bad)], data.evaluation_transform(8))[0]
+    assert str(error).startswith(f"the image {bad} cannot be read (") and str(error).count(str(bad)) == 1
+    assert str(error).endswith("; repair it, or leave it out by `python data.py pack`")
 
 
 @pytest.mark.parametrize("size", [(6, 2), (2, 6)], ids=["wide", "tall"])
@@ -456,9 +266,10 @@ def test_evaluation_transform_shows_the_whole_image():
     assert shown.shape == (10, 10) and shown[0, 5] == shown[-1, 5] == 255
 
 
-def test_evaluation_transform_is_deterministic():
-    transform, image = data.evaluation_transform(10), Image.fromarray(GREY)
-    assert torch.equal(transform(image), transform(image))
+def test_the_evaluation_transform_is_deterministic_and_the_training_transform_varies():
+    image = Image.fromarray(GREY)
+    for transform, same in ((data.evaluation_transform(10), True), (data.training_transform(16), False)):
+        assert torch.equal(transform(image), transform(image)) == same
 
 
 def brighter_on_the_left(horizontal_flip):
@@ -468,55 +279,83 @@ def brighter_on_the_left(horizontal_flip):
     return {bool(t[..., :8].sum() > t[..., 8:].sum()) for t in (transform(image).float() for _ in range(30))}
 
 
-def test_training_transform_keeps_left_and_right():
-    assert brighter_on_the_left(horizontal_flip=False) == {True}
+@pytest.mark.parametrize(("horizontal_flip", "seen"), [(False, {True}), (True, {True, False})])
+def test_training_keeps_left_and_right_unless_it_is_told_to_flip(horizontal_flip, seen):
+    assert brighter_on_the_left(horizontal_flip) == seen
 
 
-def test_horizontal_flip_swaps_them_now_and_then():
-    assert brighter_on_the_left(horizontal_flip=True) == {True, False}
+def save_dicom(path, pixels, photometric="MONOCHROME2", jpeg=False, **tags):
+    """A DICOM file of (H, W) uint8 or uint16 pixels."""
+    pydicom = pytest.importorskip("pydicom", minversion="3", reason="pydicom is not installed")
+    from pydicom.encaps import encapsulate
+    from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian, JPEGBaseline8Bit
+
+    file = pydicom.Dataset()
+    file.file_meta = pydicom.dataset.FileMetaDataset()
+    file.file_meta.TransferSyntaxUID = JPEGBaseline8Bit if jpeg else ExplicitVRLittleEndian
+    file.file_meta.MediaStorageSOPClassUID = ComputedRadiographyImageStorage
+    file.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid(entropy_srcs=["invented"])
+    file.SOPClassUID = file.file_meta.MediaStorageSOPClassUID
+    file.SOPInstanceUID = file.file_meta.MediaStorageSOPInstanceUID
+    file.Rows, file.Columns = pixels.shape
+    file.SamplesPerPixel, file.PhotometricInterpretation, file.PixelRepresentation = 1, photometric, 0
+    file.BitsAllocated = file.BitsStored = 8 * pixels.itemsize
+    file.HighBit = file.BitsStored - 1
+    for name, value in tags.items():
+        setattr(file, name, value)
+    if jpeg:
+        content = io.BytesIO()
+        Image.fromarray(pixels).save(content, "JPEG", quality=95)
+        file.PixelData = encapsulate([content.getvalue()])
+        file["PixelData"].VR = "OB"
+    else:
+        file.PixelData = pixels.tobytes()
+        file["PixelData"].VR = "OB" if pixels.itemsize == 1 else "OW"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file.save_as(path, enforce_file_format=True)
+    return path
 
 
-def test_training_transform_varies():
-    transform, image = data.training_transform(16), Image.fromarray(GREY)
-    assert not torch.equal(transform(image), transform(image))
+@pytest.mark.parametrize(
+    ("pixels", "tags"),
+    [
+        (GREY, {}),
+        (255 - GREY, {"photometric": "MONOCHROME1"}),
+        (GREY.astype(np.uint16) * 16, {"BitsStored": 12, "HighBit": 11}),
+    ],
+    ids=["8 bits", "bone dark", "12 bits"],
+)
+def test_dicom_is_read_to_its_grey_values_with_bone_bright(tmp_path, pixels, tags):
+    assert np.array_equal(data.read_image(save_dicom(tmp_path / "a.dcm", pixels, **tags)), GREY)
 
 
-# -------------------------------------------------------------------------------------------------- labels
-
-NAMES = ["Cardiomegaly", "Edema", "No Finding"]
-
-
-def labels(*findings, absent=()):
-    present, ruled_out = data.label_matrices([record(findings, absent=absent)], NAMES)
-    return present[0].tolist(), ruled_out[0].tolist()
+def test_dicom_compressed_as_jpeg_is_read(tmp_path):
+    shades = np.linspace(0, 255, 64).astype(np.uint8)[None].repeat(64, 0)  # smooth, as JPEG wants it
+    found = np.asarray(data.read_image(save_dicom(tmp_path / "a.dcm", shades, jpeg=True)), int)
+    assert np.abs(found - shades).max() < 6  # JPEG loses some grey levels
 
 
-def test_vocabulary_is_what_is_present_at_least_once():
-    records = [record({"Mass", "Edema"}), record({"Edema"}, absent={"Hernia"})]
-    assert data.vocabulary(records) == ["Edema", "Mass"]
+def test_dicom_window_is_applied(tmp_path):
+    path = save_dicom(tmp_path / "a.dcm", GREY, WindowCenter=128, WindowWidth=64)
+    found = np.asarray(data.read_image(path)).reshape(-1)
+    assert (found[:95] == 0).all() and (found[161:] == 255).all() and 0 < found[128] < 255
 
 
-def test_a_finding_that_its_source_does_not_annotate_is_neither_present_nor_absent():
-    assert labels("Edema", absent=["Hernia"]) == ([False, True, False], [False, False, True])
+def test_dicom_that_is_cut_short_is_named(tmp_path):
+    path = save_dicom(tmp_path / "a.dcm", GREY)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(BadInput, match="a.dcm cannot be read"):
+        data.read_image(path)
 
 
-def test_a_finding_that_its_source_rules_out_is_absent():
-    assert labels("Edema", absent=["Cardiomegaly"]) == ([False, True, False], [True, False, True])
+def test_without_pydicom_a_dicom_is_refused_with_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    with pytest.raises(BadInput, match="a.dcm is a DICOM file: `pip install 'pydicom>=3'`"):
+        data.read_image(tmp_path / "a.dcm")
 
 
-def test_no_finding_excludes_every_finding():
-    assert labels("No Finding") == ([False, False, True], [True, True, False])
+# ---------------------------------------------------------------------------------------------------- batches
 
-
-def test_every_finding_excludes_no_finding():
-    assert labels("Hernia")[1] == [False, False, True]
-
-
-def test_of_an_image_without_labels_nothing_is_known():
-    assert labels() == ([False] * 3, [False] * 3)
-
-
-# ------------------------------------------------------------------------------------------------- batches
 
 MIXED = [
     record({"Edema"}, "The hila are hazy on both sides and the vessels are wide."),
@@ -526,8 +365,12 @@ MIXED = [
     record({"No Finding"}, "Normal heart, normal lungs."),
     record({"Cardiomegaly"}),
 ]
+
+
 TEXTS = [r.report for r in MIXED if r.report] + [prompts.label_prompt(name, "caption") for name in NAMES]
-TOKENIZER = train.wrap_tokenizer(train.learn_tokenizer(TEXTS).to_str())
+
+
+TOKENIZER = evaluate.wrap_tokenizer(train.learn_tokenizer(TEXTS).to_str())
 
 
 def prompt_tokens():
@@ -587,67 +430,48 @@ def test_a_prompt_names_a_finding_that_its_image_has():
 def test_every_finding_of_an_image_gets_its_turn():
     torch.manual_seed(0)
     drawn = {tuple(collate([record({"Cardiomegaly", "Edema"})]).prompt_labels[0].tolist()) for _ in range(50)}
-    assert drawn == {(True, False, False), (False, True, False)}
+    assert drawn == {(True, False, False, False), (False, True, False, False)}
 
 
-def test_the_prompt_of_an_unlabelled_image_never_enters():
+def test_what_an_image_lacks_does_not_enter():
     assert collate().prompt_rows.tolist() == [0, 1, 2, 4, 5]
-
-
-def test_a_batch_without_labels_has_no_prompt():
     assert len(collate([record(report="Unknown.")] * 3).prompt_rows) == 0
-
-
-def test_without_label_prompts_none_is_drawn():
+    assert collate([record({"Edema"})] * 3).reports == []
     batch = collate(label_prompts=False)
     assert batch.prompts is None and len(batch.prompt_rows) == 0
 
 
-def test_report_rows_point_to_the_image_of_each_report():
+def test_every_report_enters_once_and_its_row_points_to_its_image():
     batch = collate()
+    assert sorted(batch.report_rows.tolist()) == [0, 2, 3, 4]
     texts = [MIXED[row].report for row in batch.report_rows]
     assert [t for piece in batch.reports for t in read(piece)] == read(data.tokenize(TOKENIZER, texts, 32))
 
 
-def test_every_report_enters_once():
-    assert sorted(collate().report_rows.tolist()) == [0, 2, 3, 4]
-
-
 @pytest.mark.parametrize("pieces", [1, 2, 4, 9])
-def test_reports_come_in_order_of_length(pieces):
-    lengths = [n for piece in collate(pieces=pieces).reports for n in piece.attention_mask.sum(1).tolist()]
-    assert lengths == sorted(lengths) and len(lengths) == 4
+def test_reports_come_in_order_of_length_and_each_piece_is_padded_to_its_longest(pieces):
+    lengths = [piece.attention_mask.sum(1) for piece in collate(pieces=pieces).reports]
+    assert torch.cat(lengths).tolist() == sorted(torch.cat(lengths).tolist()) and len(torch.cat(lengths)) == 4
+    for piece, found in zip(collate(pieces=pieces).reports, lengths, strict=True):
+        assert piece.input_ids.shape[1] == found.max()
 
 
-@pytest.mark.parametrize("pieces", [1, 2, 4, 9])
-def test_each_piece_is_padded_to_its_longest(pieces):
-    for piece in collate(pieces=pieces).reports:
-        assert piece.input_ids.shape[1] == piece.attention_mask.sum(1).max()
+def test_the_first_unreadable_image_of_a_batch_takes_its_place(tmp_path):
+    bad = [record({"Edema"}, "Bad.", image=tmp_path / f"bad{n}.png") for n in range(2)]
+    error = collate([MIXED[0], *bad, MIXED[2]])
+    assert isinstance(error, BadInput) and "bad0.png" in str(error)
 
 
-def test_a_batch_without_reports_has_no_piece():
-    assert collate([record({"Edema"})] * 3).reports == []
-
-
-def test_unreadable_images_are_left_out(tmp_path):
-    bad = record({"Edema"}, "Bad.", image=tmp_path / "bad.png")
-    batch = collate([MIXED[0], bad, MIXED[2]])
-    assert batch.rows.tolist() == [0, 2] and len(batch.images) == len(batch.present) == 2
-
-
-def test_unreadable_images_are_named(tmp_path):
-    (sentence,) = collate([MIXED[0], record(image=tmp_path / "bad.png")]).unreadable
-    assert "bad.png" in sentence
-
-
-def test_texts_of_what_is_left_belong_to_it(tmp_path):
-    batch = collate([record({"Edema"}, "Bad.", image=tmp_path / "bad.png"), MIXED[4], MIXED[2]])
-    assert batch.report_rows.tolist() == [1, 0] and batch.prompt_rows.tolist() == [0, 1]
-
-
-def test_a_batch_of_unreadable_images_is_empty(tmp_path):
-    batch = collate([record({"Edema"}, "Bad.", image=tmp_path / "bad.png")] * 3)
-    assert len(batch.rows) == len(batch.images) == len(batch.prompt_rows) == len(batch.reports) == 0
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_ends_a_loop_over_batches_by_its_sentence(tmp_path, workers):
+    records = [*MIXED[:2], record(image=tmp_path / "bad.png")]
+    items = data.Images(records, data.evaluation_transform(8))
+    collate_fn = data.Collate(records, NAMES, None, TOKENIZER, 32)
+    loader, seen = torch.utils.data.DataLoader(items, 1, collate_fn=collate_fn, num_workers=workers), []
+    with pytest.raises(BadInput, match="bad.png cannot be read .*`python data.py pack`"):
+        for batch in data.readable(loader):
+            seen += batch.rows.tolist()
+    assert seen == [0, 1]
 
 
 def test_long_texts_are_cut_but_end_in_sep():
@@ -660,3 +484,84 @@ def test_short_texts_are_padded_and_masked():
     ids, mask = data.tokenize(TOKENIZER, ["edema", TEXTS[0]], 99)
     assert mask[0].sum() < mask[1].sum() == ids.shape[1]
     assert torch.equal(mask == 0, ids == TOKENIZER.pad_token_id)
+
+
+# --------------------------------------------------------------------------------------------------- phantoms
+
+
+def phantoms(split):
+    return data.load_records(["phantom=16"], split)
+
+
+def content(records):
+    return [(r.image.tobytes(), r.report, r.findings, r.absent, r.patient) for r in records]
+
+
+def test_phantoms_are_a_pure_function():
+    assert content(data.phantom("16", "valid")) == content(data.phantom("16", "valid"))
+
+
+def test_the_order_of_findings_does_not_change_a_phantom():
+    names = ["Edema", "Cardiomegaly", "Pleural Effusion"]
+    one, other = (data.draw_phantom(np.random.default_rng(0), n, 16)[0] for n in (names, names[::-1]))
+    assert np.array_equal(one, other)
+
+
+def test_a_phantom_is_the_same_patient_at_every_size():
+    small, large = (data.phantom(size, "valid") for size in ("8", "24"))
+    assert [(r.report, r.findings) for r in small] == [(r.report, r.findings) for r in large]
+
+
+def test_what_follows_phantom_is_its_size():
+    assert phantoms("valid")[0].image.shape == (16, 16)
+
+
+def test_a_phantom_size_that_is_no_number_is_refused():
+    with pytest.raises(BadInput, match="phantom=large"):
+        data.load_records(["phantom=large"], "valid")
+
+
+def test_no_two_phantoms_are_alike_within_a_split_or_across():
+    images = [r.image.tobytes() for split in data.SPLITS for r in phantoms(split)]
+    assert len(set(images)) == len(images)
+
+
+def test_each_finding_shows_in_the_mean_of_its_images():
+    images = np.array([r.image for r in phantoms("test")], float)
+    for finding in data.PHANTOM_FINDINGS:
+        has = np.array([finding in r.findings for r in phantoms("test")])
+        error = images.std(0) * (1 / has.sum() + 1 / (~has).sum()) ** 0.5
+        deviations = np.abs(images[has].mean(0) - images[~has].mean(0)) / error
+        assert deviations.max() > 6  # in standard errors; chance gives 4 among 256 pixels
+
+
+def test_each_test_phantom_has_one_finding_and_each_finding_200():
+    counts = Counter(r.findings for r in phantoms("test"))
+    assert counts == {frozenset({finding}): 200 for finding in data.PHANTOM_FINDINGS}
+
+
+def test_all_test_phantoms_and_half_of_those_for_training_have_a_report():
+    assert all(r.report for r in phantoms("test"))
+    assert sum(r.report is not None for r in phantoms("train")) == len(phantoms("train")) / 2
+
+
+def test_training_phantoms_show_none_to_three_findings_and_all_others_are_absent():
+    assert {len(r.findings - {"No Finding"}) for r in phantoms("train")} == {0, 1, 2, 3}
+    names = [*data.PHANTOM_FINDINGS, "No Finding"]
+    assert all(sorted([*r.findings, *r.absent]) == sorted(names) for r in phantoms("train"))
+
+
+def test_no_report_denies_a_drawn_finding():
+    for r in phantoms("train") + phantoms("test"):
+        if r.report and "No Finding" not in r.findings:
+            denials = [sentence for sentence in r.report.lower().split(".") if "no " in sentence]
+            names = [name for finding in r.findings for name in data.ABSENT[finding]]
+            assert not any(name in denial for name in names for denial in denials)
+            assert not any(sentence in r.report for sentence in data.NORMAL)
+
+
+def test_most_reports_mention_what_was_drawn():
+    words = {"Cardiomegaly": ("heart", "cardi"), "Edema": ("edema", "congestion", "perihilar", "septal")}
+    for finding, own in words.items():
+        reports = [r.report.lower() for r in phantoms("test") if r.findings == {finding}]
+        assert np.mean([any(word in report for word in own) for report in reports]) > 0.9
