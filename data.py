@@ -331,6 +331,7 @@ class Batch(NamedTuple):
     reports: list  # of Tokens, R rows in all, sorted by length; each piece is padded to its longest
     report_rows: torch.Tensor  # (R,) int64, the row of each report's image
     report_labels: torch.Tensor  # (R, C) bool, what each report stands for in the label mask
+    report_ids: torch.Tensor  # (R,) int64, alike where two reports are equal word for word
     prompts: Tokens  # P rows, the distinct prompts drawn in this batch; None where none are trained
     prompt_labels: torch.Tensor  # (P, C) bool, the one finding that each prompt names
     prompt_index: torch.Tensor  # (Q,) int64, the prompt of each labelled image
@@ -366,6 +367,8 @@ class Collate:
     def __init__(self, records, findings, prompts, tokenizer, max_length, pieces=4):
         self.records = records
         self.present, self.absent = label_matrices(records, findings)
+        number = {}  # of each different report, the same in every process
+        self.report_ids = torch.tensor([number.setdefault(record.report, len(number)) for record in records])
         self.disease = torch.tensor([name not in NON_DISEASES for name in findings], dtype=torch.bool)
         self.prompts = prompts
         self.tokenizer = tokenizer
@@ -406,6 +409,7 @@ class Collate:
             reports=reports,
             report_rows=report_rows,
             report_labels=report_labels,
+            report_ids=self.report_ids[rows][report_rows],
             prompts=Tokens(*(t[distinct] for t in self.prompts)) if self.prompts else None,
             prompt_labels=torch.eye(present.shape[1], dtype=torch.bool)[distinct],
             prompt_index=prompt_index,
@@ -1577,40 +1581,50 @@ def refuse_repeats(records, where):
             raise BadInput(f"{where} has the image {id} {count} times; keep one")
 
 
-def load_records(data, split, limit=None, *, views=FRONTAL, uncertain="ignore"):
-    """The records to train on or to evaluate, settled.
+def usable(found, split, limit=None, *, views=FRONTAL, uncertain="ignore"):
+    """Of the records that read_records gave those to train on or to evaluate, settled.
 
-    data, split: as for read_records. limit: keep the first so many of each data set (smoke runs).
+    split: for the error. limit: keep the first so many of each data set (smoke runs).
     views: see in_views. uncertain: one of UNCERTAIN, see settle.
-    Raises BadInput as read_records, and Lacking where nothing is left of a data set.
+    Raises Lacking: nothing is left of a data set.
     """
     records = []
-    for spec, found in read_records(data, split).items():
-        kept = [settle(record, uncertain) for record in in_views(found, views)]
+    for spec, read in found.items():
+        kept = [settle(record, uncertain) for record in in_views(read, views)]
         if not kept:
             name = spec.partition("=")[0]
-            without = f" with the view {' or '.join(views)}" if found else ""
+            without = f" with the view {' or '.join(views)}" if read else ""
             raise Lacking(f"{name} has no record in its split {split!r}{without}")
         records += kept[:limit]
     return records
 
 
-def listed_records(data, ids, uncertain="ignore"):
-    """The records with these ids, in the order of the list, whatever their split and view.
+def load_records(data, split, limit=None, *, views=FRONTAL, uncertain="ignore"):
+    """The usable records of a split; Raises BadInput as read_records and usable do."""
+    return usable(read_records(data, split), split, limit, views=views, uncertain=uncertain)
+
+
+def pick_listed(records, ids, where):
+    """The records with these ids, in the order of the list.
 
     Raises BadInput: an id that no image has, or that two have.
     """
     listed = set(ids)
-    records = [r for split in SPLITS for found in read_records(data, split).values() for r in found]
-    refuse_repeats([record for record in records if record.id in listed], " and ".join(data))
+    refuse_repeats([record for record in records if record.id in listed], where)
     of_id = {record.id: record for record in records}
     missing = [id for id in ids if id not in of_id]
     if missing:
         raise BadInput(
-            f"{len(missing)} of the {len(ids)} listed ids are not in {', '.join(data)}, such as "
-            f"{missing[0]!r}; an id there looks like {next(iter(of_id), None)!r}"
+            f"{len(missing)} of the {len(ids)} listed ids are not in {where}, such as {missing[0]!r}; "
+            f"an id there looks like {next(iter(of_id), None)!r}"
         )
-    return [settle(of_id[id], uncertain) for id in ids]
+    return [of_id[id] for id in ids]
+
+
+def listed_records(data, ids, uncertain="ignore"):
+    """The records with these ids, whatever their split and view, settled; see pick_listed."""
+    records = [r for split in SPLITS for found in read_records(data, split).values() for r in found]
+    return [settle(record, uncertain) for record in pick_listed(records, ids, " and ".join(data))]
 
 
 # ------------------------------------------------------------------------------------------------- program
