@@ -574,7 +574,7 @@ def encode(run, records):
         records,
         findings,
         finite_features(image_features),
-        finite_features(report_features or [torch.zeros(0, 1)])[order],
+        finite_features(report_features or [torch.zeros(0, 1)])[order.numpy()],
         report_rows[order].numpy(),
         *(labels.numpy() for labels in data.label_matrices(records, findings)),
         torch.cat(pooled).numpy(),
@@ -636,11 +636,11 @@ def read_prompts(source, findings):
             part in ("positive", "negative")
             and isinstance(texts, list)
             and texts
-            and all(isinstance(text, str) for text in texts)
+            and all(isinstance(text, str) and text.encode() for text in texts)
             for each in table.values()
             for part, texts in each.items()
         )
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise BadInput(f"{source} is no prompt set ({error}); {form}") from error
     if not fits:
         raise BadInput(f"{source} is no prompt set; {form}")
@@ -1302,7 +1302,7 @@ def heatmap(run, encoded, path, prompt_set=None, classes=None, each=2, side=144)
     for record, name, cosine, cells in zip(records, names, of_images, maps, strict=True):
         grey = shown(record, side)
         cosines = np.asarray(Image.fromarray(cells).resize((side, side), Image.Resampling.BILINEAR))
-        tiles += [titled(grey, name), titled(tinted(np.asarray(grey), cosines), f"image: {cosine:+.2f}")]
+        tiles += [titled(grey, name), titled(tinted(np.asarray(grey), cosines), f"cosine {cosine:+.2f}")]
     pictures = grid(tiles, 4)
     scale = np.tile(np.linspace(-1, 1, pictures.width - 80), (14, 1))
     whole = Image.new("RGB", (pictures.width, pictures.height + 62), "white")
@@ -1344,12 +1344,12 @@ def print_table(task, entries, all_metrics=True):
     """{metric: entry} of a task, and a warning where zero-shot is worse than a blind guess."""
     rows = rows_shown(task, entries, all_metrics)
     width = max([34, *map(len, rows)])
-    say(f"\n{task:{width}}{'value':>8}{'95 % interval':>18}{'chance':>8}{'constant':>10}{'n':>7}")
+    say(f"\n{task:{width}}{'value':>8}{'95 % interval':>21}{'chance':>8}{'constant':>10}{'n':>7}")
     for name in rows:
         entry = entries[name]
         bounds = f"{entry['low']:.3f} to {entry['high']:.3f}"
         blind, constant = (f"{entry[k]:.3f}" if k in entry else "" for k in ("chance", "constant"))
-        say(f"{name:{width}}{entry['value']:8.3f}{bounds:>18}{blind:>8}{constant:>10}{entry['n']:7}")
+        say(f"{name:{width}}{entry['value']:8.3f}{bounds:>21}{blind:>8}{constant:>10}{entry['n']:7}")
     if len(rows) < len(entries):
         say(f"({len(entries) - len(rows)} more with --all-metrics)")
     for name, entry in entries.items():
