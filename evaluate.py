@@ -115,7 +115,7 @@ def precision_at_k(similarity, query_labels, candidate_labels, ks=(1, 2, 5, 10))
 
 
 def partner_rank(similarity, query_ids=None, candidate_ids=None):
-    """0-based rank of the query's own partner, the nearest candidate of its id; ties and NaN count against it.
+    """0-based rank of the query's own partner, the nearest candidate of its id; ties, NaN count against it.
 
     Args:
         similarity: (Q, K) float. query_ids: (Q,) int64, candidate_ids: (K,) int64; None numbers the rows and
@@ -229,33 +229,27 @@ class Measure(NamedTuple):
     trained: int = 0
     counts: dict = {}
 
-    def of(self, arrays, classifiers=None):
-        """The metric of these arrays -> float; classifiers: those to take the mean over, None for all."""
-        if not self.trained:
-            return float(self.metric(*arrays))
-        return float(
-            np.mean(self.of_each(arrays, range(self.trained) if classifiers is None else classifiers))
-        )
+    def of(self, arrays, classifiers):
+        return float(np.mean(self.of_each(arrays, classifiers)) if self.trained else self.metric(*arrays))
 
     def of_each(self, arrays, classifiers):
-        first, *others = arrays
-        return [self.metric(first[..., t], *others) for t in classifiers]
+        """The metric of each of these classifiers."""
+        return [self.metric(arrays[0][..., t], *arrays[1:]) for t in classifiers]
 
     @property
     def value(self):
-        return self.of(self.arrays)
+        return self.of(self.arrays, range(self.trained))
 
 
 def interval(measure, less=None, draws=1000):
     """95 % interval of a measure, or of its value less that of another of the same rows -> (low, high).
 
-    Both see the same draws of rows. Trained classifiers are drawn, too: they are a sample of all that the
-    training patients could have given.
+    Trained classifiers are drawn like the rows: they are a sample of what the training patients could give.
     """
     rng, count = np.random.default_rng(0), len(measure.arrays)
 
     def metric(*arrays):
-        chosen = rng.integers(measure.trained, size=measure.trained) if measure.trained else None
+        chosen = rng.integers(measure.trained, size=measure.trained) if measure.trained else ()
         value = measure.of(arrays[:count], chosen)
         return value if less is None else value - less.of(arrays[count:], chosen)
 
@@ -295,14 +289,14 @@ def progress(items, what, **options):
 # Options that say where and how a run is computed: they change it by rounding and random numbers at most.
 MACHINE_OPTIONS = ("device", "workers", "micro_batch_size", "log_every", "save_every")
 
-# What a checkpoint holds, which options of training it takes to use the model, and their types.
-PARTS = {"model": dict, "args": dict, "findings": list, "tokenizer": str, "bert": str, "progress": dict}
-OPTIONS = {
+# What a checkpoint and the options of training in it must have to be used, by type.
+NEEDED = {
+    dict: "model args progress",
+    list: "findings data swin_depths swin_heads",
+    str: "tokenizer bert template precision uncertain",
     int: "image_size patch_size window_size swin_dim embed_dim max_length prompt_length batch_size workers",
     float: "drop_path weight_decay",
     bool: "continuous_prompt image_label horizontal_flip",
-    str: "template precision uncertain",
-    list: "data swin_depths swin_heads",
 }
 # The fields of BERT's configuration that a checkpoint may set. Others, such as the kernel that computes
 # attention, could make the library fetch code.
@@ -342,16 +336,10 @@ def wrap_tokenizer(tokenizer_json):
 
 def build_model(args, bert):
     """Puts the parts together, without what an ablation takes away -> UMCL."""
+    alike = ("image_size", "patch_size", "window_size", "drop_path")
+    sizes = {"embed_dim": args.swin_dim, "depths": args.swin_depths, "num_heads": args.swin_heads}
     try:
-        swin = SwinTransformer(
-            image_size=args.image_size,
-            patch_size=args.patch_size,
-            embed_dim=args.swin_dim,
-            depths=args.swin_depths,
-            num_heads=args.swin_heads,
-            window_size=args.window_size,
-            drop_path=args.drop_path,
-        )
+        swin = SwinTransformer(**sizes, **{name: getattr(args, name) for name in alike})
     except ValueError as error:
         raise BadInput(str(error)) from error
     positions = bert.config.max_position_embeddings
@@ -359,12 +347,12 @@ def build_model(args, bert):
         raise BadInput(f"--max-length {args.max_length}: the text model has {positions} positions")
     # Without label prompts nothing would train the vectors, and random ones would only disturb zero-shot.
     with_prompt = args.continuous_prompt and args.image_label and args.prompt_length > 0
-    prompt = prompts.ContinuousPrompt(args.prompt_length, bert.config.hidden_size) if with_prompt else None
     if with_prompt and positions - args.prompt_length < 8:
         raise BadInput(
             f"--prompt-length {args.prompt_length} leaves no room for text: the text model has "
             f"{positions} positions"
         )
+    prompt = prompts.ContinuousPrompt(args.prompt_length, bert.config.hidden_size) if with_prompt else None
     return UMCL(swin, TextEncoder(bert), prompt, embed_dim=args.embed_dim)
 
 
@@ -414,43 +402,38 @@ def sync(path):
 
 
 def read_checkpoint(path):
-    """RUN/best.pt or RUN/last.pt -> what save_checkpoint put there, and "path": dict of tensors and plain data."""
+    """RUN/best.pt or RUN/last.pt -> dict of tensors and plain data, see save_checkpoint, and its "path"."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        check_parts(state)
     except FileNotFoundError as error:
         raise BadInput(f"the checkpoint {path} is not there; `python train.py` makes one") from error
     except PermissionError as error:
         raise BadInput(f"the checkpoint {path} may not be read ({error.strerror})") from error
     except Exception as error:  # torch.load has no error of its own for what it cannot read
-        raise no_checkpoint(path, "torch cannot read it") from error
-    fault = fault_of(state)
-    if fault:
-        raise no_checkpoint(path, fault)
+        raise no_checkpoint(path, error) from error
     return state | {"path": str(path)}
 
 
-def no_checkpoint(path, what):
+def no_checkpoint(path, error):
+    what = " ".join(str(error).split())[:200]
     return BadInput(f"{path} is cut short or no checkpoint of this program ({what})")
 
 
-def fault_of(state):
-    """What is missing in a checkpoint or of another type than it should be -> str, or None."""
-    if not isinstance(state, dict) or state.get("kind") != "umcl":
-        return "it holds something else"
-    for name, kind in PARTS.items():
-        if not isinstance(state.get(name), kind):
-            return f"{name} is missing or no {kind.__name__}"
-    args = state["args"]
-    for kind, names in OPTIONS.items():
+def check_parts(state):
+    """Raises ValueError where a part of a checkpoint is missing or of another type than it should be."""
+    if not isinstance(state, dict) or state.get("kind") != "umcl" or not isinstance(state.get("args"), dict):
+        raise ValueError("it holds something else")
+    parts = state["args"] | state
+    for kind, names in NEEDED.items():
         for name in names.split():
-            if not isinstance(args.get(name), kind) or kind is int and not 0 <= args[name] < 2**31:
-                return f"the option {name} is missing or no {kind.__name__} that it can be"
-    numbers, names = args["swin_depths"] + args["swin_heads"], state["findings"] + args["data"]
-    if not all(isinstance(each, int) and 0 < each <= 1024 for each in numbers) or args["batch_size"] < 1:
-        return "a size of the model or the batch size is no number that it can be"
-    if not all(isinstance(name, str) for name in names):
-        return "a finding or a data set is no name"
-    return None
+            if not isinstance(parts.get(name), kind) or kind is int and not 0 <= parts[name] < 2**31:
+                raise ValueError(f"{name} is missing or no {kind.__name__} that it can be")
+    sizes = [*parts["swin_depths"], *parts["swin_heads"], parts["batch_size"]]
+    if not all(isinstance(each, int) and 0 < each < 2**20 for each in sizes):
+        raise ValueError("a size is no number that it can be")
+    if not all(isinstance(name, str) for name in [*parts["findings"], *parts["data"]]):
+        raise ValueError("a finding or a data set is no name")
 
 
 def load_run(path, device="cpu"):
@@ -465,8 +448,8 @@ def run_from_checkpoint(state, device):
     try:
         fields = json.loads(state["bert"])
         fields = {name: fields[name] for name in BERT_FIELDS if name in fields}
-        if not fields.get("num_hidden_layers", 0) <= len(state["model"]):
-            raise ValueError("its text model has more layers than weights")
+        if not max(fields.get("num_hidden_layers", 0), *args.swin_depths) <= len(state["model"]):
+            raise ValueError("a tower has more layers than there are weights")
         bert = BertModel(BertConfig(**fields, attn_implementation="sdpa"), add_pooling_layer=False)
         model, tokenizer = build_model(args, bert), wrap_tokenizer(state["tokenizer"])
         model.load_state_dict(state["model"])
@@ -475,7 +458,7 @@ def run_from_checkpoint(state, device):
         if not finite(model):
             raise ValueError("its weights are not finite")
     except Exception as error:  # the libraries have no error of their own for what they cannot build
-        raise no_checkpoint(state["path"], " ".join(str(error).split())[:200]) from error
+        raise no_checkpoint(state["path"], error) from error
     return Run(model.to(device).eval(), tokenizer, state["findings"], args)
 
 
@@ -628,22 +611,18 @@ def read_prompts(source, findings):
     """
     if source in (*prompts.TEMPLATES, "ensemble") or "{}" in source:
         return tuple(prompts.prompt_set(findings, source, by) for by in (prompts.wordings, prompts.negations))
-    form = 'it needs {finding: [text, ...]} or {finding: {"positive": [...], "negative": [...]}}'
     try:
         table = json.loads(Path(source).read_text(encoding="utf-8"))
         table = {name: {"positive": each} if isinstance(each, list) else each for name, each in table.items()}
-        fits = all(
-            part in ("positive", "negative")
-            and isinstance(texts, list)
-            and texts
-            and all(isinstance(text, str) and text.encode() for text in texts)
-            for each in table.values()
-            for part, texts in each.items()
-        )
+        for each in table.values():
+            if not each.keys() <= {"positive", "negative"}:
+                raise ValueError("a finding has something else than positive and negative prompts")
+            for texts in each.values():
+                if not (isinstance(texts, list) and texts and all(text.encode() for text in texts)):
+                    raise ValueError("the prompts of a finding are no list of texts")
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise BadInput(f"{source} is no prompt set ({error}); {form}") from error
-    if not fits:
-        raise BadInput(f"{source} is no prompt set; {form}")
+        form = '{finding: [text, ...]} or {finding: {"positive": [...], "negative": [...]}}'
+        raise BadInput(f"{source} is no prompt set ({error}); it needs {form}") from error
     for name in findings:
         if "positive" not in table.get(name, ()):
             raise BadInput(f"{source} has no prompt for {name!r}; it has {', '.join(table)}, see --classes")
@@ -902,7 +881,7 @@ def transfer(encoded, train, fractions, repeats, train_and_score, what):
 
 
 def transferred(encoded, percent, scores):
-    """Measures of (N, C, T) scores by T classifiers; accuracy only where each image has exactly one finding."""
+    """Measures of (N, C, T) scores by T classifiers; accuracy only where each image has just one finding."""
     measures, present, known = {}, encoded.present, encoded.present | encoded.absent
     told = {"patients": encoded.patients, "trained": scores.shape[2]}
     if (present.sum(1) == 1).all() and present.shape[1] > 1:
@@ -945,7 +924,7 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 def linear_probe(run, encoded, *, load, fractions=(1, 10, 100), repeats=5):
-    """Accuracy and AUROC of a linear classifier on the frozen image tower, from shares of the training patients.
+    """A linear classifier on the frozen image tower, trained on shares of the training patients.
 
     Features before the projection, standardised by the training records; one logistic regression for each
     finding of the evaluated records, its penalty (out of PENALTIES) chosen by the mean AUROC on the
@@ -1128,27 +1107,21 @@ def false_negatives(run, encoded, *, pairs_of=2000):
     if len(rows) < 2:
         raise Lacking("false-negatives needs two reports with labels, and these data have none")
     rows = np.sort(np.random.default_rng(0).permutation(rows)[:pairs_of])
-    images, reports = encoded.image_features[encoded.report_rows[rows]], encoded.report_features[rows]
-    described = torch.from_numpy(encoded.report_labels[rows])
-    equal = umcl.label_mask(described, described, "equal").numpy()  # as in train.losses
-    subset = umcl.label_mask(described, described, "subset").numpy() & ~equal
-    similarity, others = images @ reports.T, ~np.eye(len(rows), dtype=bool)
-    patients = encoded.patients[encoded.report_rows[rows]]
+    of_images, described = encoded.report_rows[rows], torch.from_numpy(encoded.report_labels[rows])
+    similarity = encoded.image_features[of_images] @ encoded.report_features[rows].T
+    equal, subset = (umcl.label_mask(described, described, rule).numpy() for rule in ("equal", "subset"))
+    others, patients = ~np.eye(len(rows), dtype=bool), encoded.patients[of_images]
+    equal, subset, real = equal & others, subset & ~equal & others, ~subset & ~equal & others
     pairs_in_batch, measures = run.args.batch_size * (run.args.batch_size - 1), {}
-    real = ~equal & ~subset & others
-
-    def in_batch(share):
-        return share.mean() * pairs_in_batch
-
-    for kind, pairs in (("equal", equal & others), ("subset", subset & others), ("other", real)):
-        share, name = pairs.sum(1) / (len(rows) - 1), f"{kind}: pairs, of {pairs_in_batch} in a batch"
-        measures[name] = Measure(in_batch, (share,), patients=patients)
-        if not pairs.any():
-            continue
-        having = pairs.any(1)
-        cosine = np.array([row[of].mean() for row, of in zip(similarity[having], pairs[having], strict=True)])
-        measures[f"{kind}: cosine"] = Measure(np.mean, (cosine,), patients=patients[having])
-        both = np.flatnonzero(having & real.any(1))
+    for kind, pairs in (("equal", equal), ("subset", subset), ("other", real)):
+        expected = pairs.sum(1) / (len(rows) - 1) * pairs_in_batch
+        name = f"{kind}: pairs, of {pairs_in_batch} in a batch"
+        measures[name] = Measure(np.mean, (expected,), patients=patients)
+        having = np.flatnonzero(pairs.any(1))
+        if len(having):
+            cosine = np.array([similarity[i, pairs[i]].mean() for i in having])
+            measures[f"{kind}: cosine"] = Measure(np.mean, (cosine,), patients=patients[having])
+        both = having[real[having].any(1)]
         if kind != "other" and len(both):
             known = pairs | real
             nearer = np.array([auroc(similarity[i, known[i]], pairs[i, known[i]]) for i in both])
@@ -1286,7 +1259,7 @@ def tinted(grey, cosines):
 
 
 def heatmap(run, encoded, path, prompt_set=None, classes=None, each=2, side=144):
-    """Draws images with exactly one finding beside their similarity maps with its prompt, all on one scale."""
+    """Draws images with exactly one finding beside their similarity maps with its prompt, on one scale."""
     classes, columns = chosen_classes(encoded, classes)
     single = encoded.present.sum(1) == 1
     rows = [row for c in columns for row in np.flatnonzero(single & encoded.present[:, c])[:each]]
@@ -1366,7 +1339,7 @@ def records_sha256(records):
 
 
 def commit():
-    """The commit of this program -> str; with a hash of the files where they differ from it or there is no git."""
+    """The commit of this program -> str; with a hash of the files where they differ or there is no git."""
     folder = Path(__file__).parent
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
@@ -1421,7 +1394,7 @@ def build_parser():
     p.add_argument("--out", metavar="FILE.json", help="results; default results.json in the run's folder")
     p.add_argument("--all-metrics", action="store_true", help="print all rows, not the main ones alone")
     p.add_argument("--gallery", metavar="FILE.png", help="draw images and the reports that they retrieve")
-    p.add_argument("--heatmap", metavar="FILE.png", help="draw where images are like the prompt of their label")
+    p.add_argument("--heatmap", metavar="FILE.png", help="draw where images are like their label's prompt")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     return p
 # fmt: on
@@ -1447,28 +1420,8 @@ def classes_of(runs, findings):
     return [name for name in findings if chosen and all(name in each for each in chosen)] or None
 
 
-def facts(run, encoded, checkpoint, chosen):
-    """What results.json says of the model and the data -> dict."""
-    labels, reports = records_sha256(encoded.records)
-    with_report = {record.source for record in encoded.records if record.report}
-    return {
-        "data": chosen,
-        "checkpoint": str(checkpoint),
-        "counts": {
-            "images": len(encoded.records),
-            "reports": len(encoded.report_rows),
-            "labelled": int(encoded.present.any(1).sum()),
-        },
-        "fingerprint": {"labels": labels, "reports": reports},
-        "reports": {name: text for name, text in data.REPORTS.items() if name in with_report},
-        "seed": run.args.seed,
-        "commit": commit(),
-        "versions": {m.__name__: m.__version__ for m in (np, torch, torchvision, transformers)},
-    }
-
-
-def run_task(task, args, run, encoded, known):
-    """Runs a task; known: see facts -> ({metric: Measure}, name in results.json, what it says there)."""
+def run_task(task, args, run, encoded, checkpoint, chosen):
+    """-> ({metric: Measure}, name of the entry in results.json, the entry)."""
     views = {"views": run.args.views, "uncertain": run.args.uncertain}
     given = {
         **vars(args),
@@ -1478,14 +1431,28 @@ def run_task(task, args, run, encoded, known):
     options = {name: given[name] for name in inspect.signature(TASKS[task]).parameters if name in given}
     measures = TASKS[task](run, encoded, **options)
     told = {k: v for k, v in options.items() if k not in ("split", "load") and v is not None}
-    entry = {"task": task, "options": told, **known}
+    labels, reports = records_sha256(encoded.records)
+    with_report = {record.source for record in encoded.records if record.report}
+    labelled = int(encoded.present.any(1).sum())
+    entry = {
+        "task": task,
+        "options": told,
+        "data": chosen,
+        "checkpoint": str(checkpoint),
+        "counts": {"images": len(encoded.records), "reports": len(encoded.report_rows), "labelled": labelled},
+        "fingerprint": {"labels": labels, "reports": reports},
+        "reports": {name: text for name, text in data.REPORTS.items() if name in with_report},
+        "seed": run.args.seed,
+        "commit": commit(),
+        "versions": {m.__name__: m.__version__ for m in (np, torch, torchvision, transformers)},
+    }
     bar = progress(measures.items(), "intervals", delay=1)
     entry["metrics"] = {metric: entry_of(measure) for metric, measure in bar}
     if "prompt_set" in told:
         classes = told.get("classes") or encoded.findings
         entry["prompts"] = read_prompts(told["prompt_set"], classes)
         entry["not trained"] = [each for each in classes if each not in run.findings]
-    name = ", ".join([task, known["checkpoint"], known["data"], *(f"{k} {v}" for k, v in told.items())])
+    name = ", ".join([task, str(checkpoint), chosen, *(f"{k} {v}" for k, v in told.items())])
     return measures, name, entry
 
 
@@ -1560,7 +1527,7 @@ def print_comparison(paths, runs, results, all_metrics):
 
 
 def evaluate(args, written):
-    """Runs the tasks; each is written, then printed, as soon as it is done. `written` gets the files' names."""
+    """Runs the tasks; each is written, then printed, once it is done. `written` gets the files' names."""
     paths = args.compare or [newest_checkpoint() if args.checkpoint is None else args.checkpoint]
     paths = [Path(path, "best.pt") if Path(path).is_dir() else Path(path) for path in paths]
     runs = [load_run(path) for path in paths]
@@ -1579,11 +1546,10 @@ def evaluate(args, written):
         if new:
             say(f"note: training of {path} had no label {', '.join(new)}")
         encoded = encode(run, records)
-        known = facts(run, encoded, path, chosen)
         results.append({})
         for task in tasks:
             try:
-                results[-1][task], name, entry = run_task(task, args, run, encoded, known)
+                results[-1][task], name, entry = run_task(task, args, run, encoded, path, chosen)
             except Lacking as error:
                 if len(tasks) == 1:
                     raise
@@ -1596,12 +1562,11 @@ def evaluate(args, written):
                 print_table(task, entry["metrics"], args.all_metrics)
         if not results[-1]:
             raise BadInput(f"the {chosen} has nothing for any of the tasks")
-        if args.gallery and run is runs[-1]:
-            gallery(run, encoded, args.gallery)
-            written.append(args.gallery)
-        if args.heatmap and run is runs[-1]:
-            heatmap(run, encoded, args.heatmap, args.prompt_set, args.classes)
-            written.append(args.heatmap)
+    if args.gallery:
+        gallery(run, encoded, args.gallery)
+    if args.heatmap:
+        heatmap(run, encoded, args.heatmap, args.prompt_set, args.classes)
+    written += [picture for picture in (args.gallery, args.heatmap) if picture]
     if len(runs) > 1:
         print_comparison(paths, runs, results, args.all_metrics)
     say(f"\nwritten: {', '.join(map(str, written))}")
@@ -1609,7 +1574,8 @@ def evaluate(args, written):
 
 def main(argv=None):
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal without ± shows a question mark
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without ± shows a question mark
     written = []
     try:
         evaluate(build_parser().parse_args(argv), written)

@@ -84,13 +84,9 @@ def test_accuracy_is_over_images_with_exactly_one_of_the_classes(classify):
     assert len(accuracy.arrays[0]) == 2 and accuracy.value == 1 / 2
 
 
-def test_chance_is_one_of_the_classes(classify):
-    found = classify([[3, 1, 2]] * 2, ["A", "C"])
-    assert found["accuracy"].chance == 1 / 3 and found["AUROC A"].chance == 1 / 2
-
-
-def test_the_constant_answer_is_the_most_frequent_class(classify):
+def test_chance_is_one_of_the_classes_and_the_constant_answer_the_most_frequent(classify):
     found = classify([[3, 1, 2]] * 5, ["A", "C", "C", "C", "AB"])
+    assert found["accuracy"].chance == 1 / 3 and found["AUROC A"].chance == 1 / 2
     assert found["accuracy"].constant == 3 / 4 and found["balanced accuracy"].constant == 1 / 2
     assert found["AUROC A"].constant is None
 
@@ -156,12 +152,6 @@ def test_the_pair_score_is_the_difference_between_presence_and_absence(run, monk
     monkeypatch.setattr(evaluate, "encode_findings", lambda run, texts: next(features))
     found = values(evaluate.zero_shot(run, hand_made([[1, 0], [2, 5]], ["A", ""], findings="A")))
     assert found == {"AUROC A": 0, "AUROC mean": 0, "pair AUROC A": 1, "pair AUROC mean": 1}
-
-
-def test_the_pair_score_ranks_like_the_softmax_over_both():
-    positive, negative = np.random.default_rng(0).uniform(-1, 1, (2, 50))
-    softmax = np.exp(positive) / (np.exp(positive) + np.exp(negative))
-    assert (np.argsort(positive - negative) == np.argsort(softmax)).all()
 
 
 # ------------------------------------------------------------------------------------------ prompts of a file
@@ -232,6 +222,7 @@ def test_chance_of_retrieval_is_that_of_a_blind_draw(run):
     assert found["i2t_P@1"].chance == found["i2t_P@5"].chance == (4 * 4 + 2 * 2) / 6**2
     assert found["i2t_R@1"].chance == pytest.approx(1 / 6)
     assert found["i2t_R@5"].chance == pytest.approx(5 / 6)
+    assert found["i2t_median rank"].value == 1 and found["i2t_median rank"].chance == 3.5
 
 
 def with_reports(encoded, *reports):
@@ -252,11 +243,6 @@ def test_a_text_that_stands_twice_is_one_query_and_looks_for_any_of_its_images(r
     recall = evaluate.retrieval(run, with_reports(encoded, "Normal.", "Normal.", "Edema."))["t2i_R@1"]
     assert recall.value == 1 and len(recall.arrays[0]) == 2
     assert recall.chance == pytest.approx((2 / 3 + 1 / 3) / 2)
-
-
-def test_median_rank_counts_from_one(run):
-    rank = evaluate.retrieval(run, hand_made(np.eye(4), "AAAA"))["i2t_median rank"]
-    assert rank.value == 1 and rank.chance == 2.5
 
 
 def test_sentences_of_a_finding_are_those_of_its_reports_alone():
