@@ -700,7 +700,7 @@ def zero_shot(run, encoded, *, prompt_set=None, combine="mean-embedding", classe
     return measures
 
 
-def of_single_labels(present):
+def baselines(present):
     """Accuracies of a blind guess and of the most frequent class: (N, C) bool, one True a row -> dict."""
     return {"chance": 1 / present.shape[1], "constant": present.mean(0).max()}
 
@@ -711,7 +711,7 @@ def classification(scores, present, absent, patients, names):
     single = present.sum(1) == 1
     if single.any() and len(names) > 1:
         true, predicted = present[single].argmax(1), scores[single].argmax(1)
-        told = of_single_labels(present[single]) | {"patients": patients[single]}
+        told = baselines(present[single]) | {"patients": patients[single]}
         measures["accuracy"] = Measure(np.mean, (predicted == true,), **told)
         told["constant"] = 1 / len(np.unique(true))
         measures["balanced accuracy"] = Measure(balanced_accuracy, (predicted, true), **told)
@@ -886,7 +886,7 @@ def transferred(encoded, percent, scores):
     told = {"patients": encoded.patients, "trained": scores.shape[2]}
     if (present.sum(1) == 1).all() and present.shape[1] > 1:
         right = scores.argmax(1) == present.argmax(1)[:, None]
-        measures[f"{percent:g} % accuracy"] = Measure(np.mean, (right,), **of_single_labels(present), **told)
+        measures[f"{percent:g} % accuracy"] = Measure(np.mean, (right,), **baselines(present), **told)
     if not np.isnan(mean_auroc(scores[..., 0], present, known)):
         arrays = scores, present, known
         measures[f"{percent:g} % AUROC mean"] = Measure(mean_auroc, arrays, chance=0.5, **told)
@@ -1047,7 +1047,7 @@ def prompt_sensitivity(run, encoded, *, classes=None):
         right[variant] = scores.argmax(1) == present[single].argmax(1)
     said = np.stack([each for variant, each in right.items() if variant != "negated"], axis=1)
     patients = encoded.patients[single]
-    told = of_single_labels(present[single]) | {"patients": patients}
+    told = baselines(present[single]) | {"patients": patients}
     return {
         "mean": Measure(np.mean, (said,), counts={"variants": said.shape[1]}, **told),
         "worst": Measure(lambda right: right.mean(0).min(), (said,), **told),
