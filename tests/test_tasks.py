@@ -1,7 +1,8 @@
-"""The tasks of evaluate.py that look into a run: transfer, wording, continuous prompt, label mask."""
+"""The tasks of evaluate.py on features made by hand, the prompts of a file, and the pictures."""
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,8 @@ from PIL import Image
 import data
 import evaluate
 import prompts
-import train
-from data import Record
-from evaluate import drawn_by_patient, fine_tuned, logistic_regression
+from data import BadInput, Record
+from evaluate import combined, drawn_by_patient, encode_findings, fine_tuned, logistic_regression
 
 
 @pytest.fixture(scope="module")
@@ -21,22 +21,29 @@ def run(tiny_run):
     return evaluate.load_run(tiny_run / "best.pt")
 
 
-def records_of(*label_sets, report="A report."):
-    """One record a set of findings out of A, B and C; each is a patient."""
-    image, every = np.zeros((16, 16), np.uint8), frozenset("ABC")
+def records_of(*labels, absent=None, findings="ABC", report="Report {}."):
+    """One record, with a patient of its own, for each text of its findings: "AB" has A and B."""
+    absent = absent or ["".join(set(findings) - set(each)) for each in labels]
+    image = np.zeros((16, 16), np.uint8)
     return [
-        Record(image, report, frozenset(found), str(i), "test", every - set(found), id=str(i))
-        for i, found in enumerate(label_sets)
+        Record(image, report.format(i), frozenset(has), str(i), "test", frozenset(lacks), id=str(i))
+        for i, (has, lacks) in enumerate(zip(labels, absent, strict=True))
     ]
 
 
-def features(records, images, reports=None):
-    """Encoded of records, with these features."""
-    present, absent = (each.numpy() for each in data.label_matrices(records, ["A", "B", "C"]))
+def hand_made(images, labels, reports=None, rows=None, **more):
+    """Encoded of records_of(*labels, **more) with these features of images and, by rows, of reports."""
+    records, findings = records_of(*labels, **more), list(more.get("findings", "ABC"))
+    present = np.array([[name in record.findings for name in findings] for record in records])
+    absent = np.array([[name in record.absent for name in findings] for record in records])
     images = np.array(images, np.float32)
     reports = images if reports is None else np.array(reports, np.float32)
-    rows = np.arange(len(records))
-    return evaluate.Encoded(records, ["A", "B", "C"], images, reports, rows, present, absent, images, present)
+    rows = np.arange(len(reports)) if rows is None else np.array(rows)
+    return evaluate.Encoded(records, findings, images, reports, rows, present, absent, images, present[rows])
+
+
+def values(measures):
+    return {name: measure.value for name, measure in measures.items()}
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +54,210 @@ def examined(tiny_run, tmp_path_factory):
     flags = ["--fractions", "10", "100", "--repeats", "2", "--limit", "30", "--out", str(file)]
     assert evaluate.main(["--checkpoint", str(tiny_run), "--task", *tasks, *flags]) == 0
     return {entry["task"]: entry["metrics"] for entry in json.loads(file.read_text()).values()}
+
+
+# ------------------------------------------------------------------------------------------------ zero-shot
+
+
+@pytest.fixture
+def classify(run, monkeypatch):
+    """zero_shot of images whose features are their scores."""
+
+    def unit_vectors(run, texts):
+        return [np.eye(3)[["ABC".index(name)]] for name in texts]
+
+    monkeypatch.setattr(evaluate, "encode_findings", unit_vectors)
+
+    def classify(scores, labels, absent=None, **options):
+        return evaluate.zero_shot(run, hand_made(scores, labels, absent=absent), **options)
+
+    return classify
+
+
+def test_zero_shot_takes_the_nearest_prompt(classify):
+    found = classify([[3, 1, 2], [1, 2, 3], [1, 2, 3], [2, 3, 1]], ["A", "C", "B", "B"])
+    assert found["accuracy"].value == 3 / 4 and found["balanced accuracy"].value == 5 / 6
+
+
+def test_accuracy_is_over_images_with_exactly_one_of_the_classes(classify):
+    accuracy = classify([[3, 1, 2]] * 4, ["A", "AB", "", "C"])["accuracy"]
+    assert len(accuracy.arrays[0]) == 2 and accuracy.value == 1 / 2
+
+
+def test_chance_is_one_of_the_classes_and_the_constant_answer_the_most_frequent(classify):
+    found = classify([[3, 1, 2]] * 5, ["A", "C", "C", "C", "AB"])
+    assert found["accuracy"].chance == 1 / 3 and found["AUROC A"].chance == 1 / 2
+    assert found["accuracy"].constant == 3 / 4 and found["balanced accuracy"].constant == 1 / 2
+    assert found["AUROC A"].constant is None
+
+
+def test_classes_restrict_the_choice(classify):
+    found = classify([[3, 1, 2], [3, 2, 1], [3, 1, 2]], ["C", "B", "A"], classes=["B", "C"])
+    auroc = {"AUROC B", "AUROC C", "AUROC mean"}
+    assert found.keys() == {"accuracy", "balanced accuracy"} | auroc | {f"pair {name}" for name in auroc}
+    assert found["accuracy"].value == 1 and len(found["accuracy"].arrays[0]) == 2
+
+
+def test_auroc_leaves_out_what_is_unknown(classify):
+    found = classify([[2, 0, 0], [1, 0, 0], [9, 0, 0], [9, 5, 0]], ["A", "", "", "B"], ["B", "AB", "", ""])
+    assert found["AUROC A"].value == 1 and len(found["AUROC A"].arrays[0]) == 2
+    assert found["AUROC B"].value == 1 and len(found["AUROC B"].arrays[0]) == 3
+
+
+def test_auroc_mean_is_the_mean_over_the_findings(classify):
+    found = values(classify([[3, 1, 2], [1, 2, 3], [1, 2, 3]], ["A", "C", "B"]))
+    assert found["AUROC mean"] == np.mean([found[f"AUROC {name}"] for name in "ABC"])
+
+
+def test_zero_shot_uses_the_template_of_training(run, monkeypatch):
+    used = []
+
+    def spy(run, texts):
+        used.append([len(each) for each in texts.values()])
+        return [np.eye(2)[[i]] for i in range(len(texts))]
+
+    monkeypatch.setattr(evaluate, "encode_findings", spy)
+    encoded = hand_made([[1, 0], [0, 1]], ["A", "B"], findings="AB")
+    evaluate.zero_shot(run, encoded)
+    evaluate.zero_shot(run, encoded, prompt_set="ensemble")
+    assert used == [[1, 1], [1, 1], [3, 3], [3, 3]]
+
+
+PROMPTS = [np.array([[1.0, 0], [0, 1]]), np.array([[0.6, 0.8]])]
+
+
+@pytest.mark.parametrize(
+    ("combine", "scores"),
+    [("mean-embedding", [0.5**0.5, 0.6]), ("mean-similarity", [0.5, 0.6]), ("max", [1, 0.6])],
+)
+def test_prompts_are_combined_by_hand(combine, scores):
+    assert combined(np.array([[1.0, 0]]), PROMPTS, combine) == pytest.approx(np.array([scores]))
+
+
+def test_with_one_prompt_all_combinations_are_its_cosine():
+    images = np.random.default_rng(0).normal(size=(5, 2))
+    for combine in evaluate.COMBINE:
+        assert combined(images, PROMPTS[1:], combine) == pytest.approx(images @ PROMPTS[1].T)
+
+
+def test_several_prompts_show_all_combinations(classify):
+    found = classify([[3, 1, 2], [1, 2, 3]], ["A", "B"], prompt_set="ensemble", combine="max")
+    assert {"accuracy", "accuracy, mean-embedding", "accuracy, mean-similarity"} <= found.keys()
+    assert "accuracy, max" not in found
+
+
+def test_the_pair_score_is_the_difference_between_presence_and_absence(run, monkeypatch):
+    """Presence alone ranks the images wrongly, presence against absence rightly."""
+    features = iter([[np.array([[1.0, 0]])], [np.array([[0, 1.0]])]])
+    monkeypatch.setattr(evaluate, "encode_findings", lambda run, texts: next(features))
+    found = values(evaluate.zero_shot(run, hand_made([[1, 0], [2, 5]], ["A", ""], findings="A")))
+    assert found == {"AUROC A": 0, "AUROC mean": 0, "pair AUROC A": 1, "pair AUROC mean": 1}
+
+
+# ------------------------------------------------------------------------------------------ prompts of a file
+
+
+@pytest.fixture
+def prompt_file(tmp_path):
+    """Writes a prompt set -> its path."""
+
+    def write(content):
+        path = tmp_path / "prompts.json"
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return str(path)
+
+    return write
+
+
+def test_a_file_of_prompts_with_and_without_negatives(prompt_file):
+    source = prompt_file({"A": ["a", "an a"], "B": {"positive": ["b"], "negative": ["no b"]}, "C": ["c"]})
+    assert evaluate.read_prompts(source, ["B", "A"]) == ({"B": ["b"], "A": ["a", "an a"]}, {"B": ["no b"]})
+
+
+NO_PROMPTS = ["", "[]", '{"A": "a"}', '{"A": []}', '{"A": [1]}', '{"A": {"both": ["a"]}}', '{"A": null}']
+
+
+@pytest.mark.parametrize(
+    "content", [*NO_PROMPTS, '{"A": {"positive": "a"}}', "[" * 9999, '{"A": ["\\ud800"]}']
+)
+def test_what_is_no_prompt_set_is_refused(prompt_file, content):
+    with pytest.raises(BadInput, match="prompts.json"):
+        evaluate.read_prompts(prompt_file(content), ["A"])
+
+
+def test_a_class_without_a_prompt_is_named(prompt_file):
+    with pytest.raises(BadInput, match="no prompt for 'Gout'; it has Edema"):
+        evaluate.read_prompts(prompt_file({"Edema": ["edema"]}), ["Gout"])
+
+
+# ------------------------------------------------------------------------------------------------ retrieval
+
+
+def test_retrieval_of_hand_made_features(run):
+    """Images 0 and 2 have a report; each report lies nearest to the other's image."""
+    encoded = hand_made([[1, 0], [1, 0], [0, 1]], ["A", "A", "B"], [[0, 1], [1, 0]], [0, 2])
+    assert values(evaluate.retrieval(run, encoded)) == {
+        "i2t_P@1": 0, "i2t_P@2": 0.5, "i2t_R@1": 0, "i2t_median rank": 2,
+        "t2i_P@1": 0, "t2i_P@2": 0.5, "t2i_R@1": 0, "t2i_median rank": 2,
+    }  # fmt: skip
+
+
+def test_text_to_image_is_image_to_text_with_the_sides_swapped(run):
+    rng = np.random.default_rng(0)
+    images, reports = rng.normal(size=(2, 12, 4))
+    labels = ["".join(name for name in "ABC" if rng.random() < 0.4) for _ in range(12)]
+    one = evaluate.retrieval(run, hand_made(images, labels, reports))
+    other = evaluate.retrieval(run, hand_made(reports, labels, images))
+    for metric in ("P@1", "P@2", "P@5", "P@10", "R@1", "R@5", "R@10", "median rank"):
+        assert evaluate.entry_of(one[f"t2i_{metric}"]) == evaluate.entry_of(other[f"i2t_{metric}"])
+
+
+def test_pairs_without_findings_count_for_recall_alone(run):
+    found = evaluate.retrieval(run, hand_made(np.eye(3), ["A", "", "B"]))
+    assert len(found["i2t_P@1"].arrays[0]) == 2 and len(found["i2t_R@1"].arrays[0]) == 3
+
+
+def test_chance_of_retrieval_is_that_of_a_blind_draw(run):
+    found = evaluate.retrieval(run, hand_made(np.eye(6), "AAAABB"))
+    assert found["i2t_P@1"].chance == found["i2t_P@5"].chance == (4 * 4 + 2 * 2) / 6**2
+    assert found["i2t_R@1"].chance == pytest.approx(1 / 6)
+    assert found["i2t_R@5"].chance == pytest.approx(5 / 6)
+    assert found["i2t_median rank"].value == 1 and found["i2t_median rank"].chance == 3.5
+
+
+def with_reports(encoded, *reports):
+    """The same records with these reports."""
+    pairs = zip(encoded.records, reports, strict=True)
+    return encoded._replace(records=[replace(record, report=report) for record, report in pairs])
+
+
+def test_a_text_that_stands_twice_is_one_candidate_and_right_for_both_images(run):
+    encoded = hand_made(np.eye(3), "AAB", np.eye(3)[[0, 0, 2]])
+    recall = evaluate.retrieval(run, with_reports(encoded, "Normal.", "Normal. ", "Edema."))["i2t_R@1"]
+    assert recall.counts["candidates"] == 2 and len(recall.arrays[0]) == 3
+    assert recall.value == 2 / 3  # the second image is as near to both texts
+
+
+def test_a_text_that_stands_twice_is_one_query_and_looks_for_any_of_its_images(run):
+    encoded = hand_made(np.eye(3), "AAB", [[0, 1, 0], [0, 1, 0], [0, 0, 1]])
+    recall = evaluate.retrieval(run, with_reports(encoded, "Normal.", "Normal.", "Edema."))["t2i_R@1"]
+    assert recall.value == 1 and len(recall.arrays[0]) == 2
+    assert recall.chance == pytest.approx((2 / 3 + 1 / 3) / 2)
+
+
+def test_sentences_of_a_finding_are_those_of_its_reports_alone():
+    reports = "Big heart. Bones intact.", "Wet lungs! Bones intact.", "Air.", None
+    records = [
+        replace(r, report=text) for r, text in zip(records_of("A", "B", "AB", "A"), reports, strict=True)
+    ]
+    texts, labels = evaluate.class_sentences(records, ["A", "B"], 1)
+    assert texts == ["Big heart.", "Wet lungs!"] and labels.tolist() == [[True, False], [False, True]]
+
+
+def test_same_seed_same_sentences():
+    records = data.load_records(["phantom=16"], "test", 100)
+    one, same, other = (evaluate.class_sentences(records, ["Edema"], 5, seed)[0] for seed in (0, 0, 1))
+    assert one == same != other
 
 
 # ------------------------------------------------------------------------------------------------- transfer
@@ -65,11 +276,8 @@ def test_the_smallest_fraction_is_one_patient():
 
 def test_another_seed_draws_other_patients():
     records = records_of(*"ABC" * 20)
-    assert (
-        drawn_by_patient(records, 10, 0)
-        == drawn_by_patient(records, 10, 0)
-        != drawn_by_patient(records, 10, 1)
-    )
+    one, same, other = (drawn_by_patient(records, 10, seed) for seed in (0, 0, 1))
+    assert one == same != other
 
 
 def problem(seed=0):
@@ -103,84 +311,79 @@ def test_a_finding_without_any_positive_is_no_obstacle():
     assert weight.isfinite().all()
 
 
-def test_other_splits_lack_the_evaluated_patients():
-    records = records_of("A", "B", "C", "A", "")
-    encoded = features(records[:1], np.eye(3)[:1])
-    train_records, valid = evaluate.other_splits(encoded, lambda split: records)
-    assert train_records == valid == records[1:4]  # nor the one without labels
+def test_other_splits_have_what_is_known_of_patients_that_are_not_evaluated():
+    """The last record has no finding: it is known to lack A. Of the one before nothing is known."""
+    records = records_of("A", "B", "C", "", "", absent=["", "", "", "", "A"])
+    encoded = hand_made(np.eye(3)[:1], "A")._replace(records=records[:1])
+    splits = evaluate.other_splits(encoded, lambda split: records)
+    assert [[record.id for record in split] for split in splits] == [["1", "2", "4"]] * 2
 
 
 def test_without_a_training_record_it_says_so():
-    records = records_of("A")
-    with pytest.raises(data.BadInput, match="train"):
-        list(evaluate.other_splits(features(records, np.eye(3)[:1]), lambda split: records))
+    encoded = hand_made(np.eye(3)[:1], "A")
+    with pytest.raises(BadInput, match="train"):
+        list(evaluate.other_splits(encoded, lambda split: encoded.records))
 
 
-def test_a_validation_split_that_cannot_choose_is_refused(run):
-    records = records_of("A", "A")
-    with pytest.raises(data.BadInput, match="valid"):
-        evaluate.validation_labels(records, ["A"])
+def test_a_validation_split_that_cannot_choose_is_refused():
+    with pytest.raises(BadInput, match="valid"):
+        evaluate.validation_labels(records_of("A", "A"), ["A"])
 
 
-def test_transfer_is_the_mean_over_the_draws():
-    encoded = features(records_of("A", "B", "C"), np.eye(3))
+def test_transfer_is_the_mean_over_the_training_draws_and_its_interval_draws_them():
     scores = np.stack([np.eye(3), np.roll(np.eye(3), 1, axis=1)], axis=2)  # all right, all wrong
-    entry = evaluate.transfer(encoded, 1, scores, draws=100)["1 % accuracy"]
-    assert entry["value"] == 0.5 and entry["spread"] == pytest.approx(0.5**0.5)
-    assert (entry["low"], entry["high"]) == (0, 1)  # the interval knows that the draws differ
+    accuracy = evaluate.transferred(hand_made(np.eye(3), "ABC"), 1, scores)["1 % accuracy"]
+    entry = evaluate.entry_of(accuracy)
+    assert entry["value"] == 0.5 and entry["spread"] == pytest.approx(0.5**0.5) and entry["trained"] == 2
+    assert (entry["low"], entry["high"]) == (0, 1)
+    worse = accuracy._replace(arrays=(np.zeros_like(accuracy.arrays[0]),))
+    assert evaluate.difference(worse, accuracy) == (0.5, 0, 1)
 
 
 def test_transfer_of_several_findings_an_image_is_by_auroc():
-    encoded = features(records_of("AB", "B", "C"), np.eye(3))
-    assert evaluate.transfer(encoded, 10, np.eye(3)[..., None], draws=0).keys() == {"10 % AUROC mean"}
+    encoded = hand_made(np.eye(3), ["AB", "B", "C"])
+    assert evaluate.transferred(encoded, 10, np.eye(3)[..., None]).keys() == {"10 % AUROC mean"}
 
 
 def test_a_linear_probe_reads_what_the_features_hold(run, monkeypatch):
     rng, records = np.random.default_rng(0), records_of(*"ABC" * 60)
 
-    def known_features(run, records, skip):
-        clean = np.eye(3)[["ABC".index(*record.findings) for record in records]]
-        return features(records, clean + 0.05 * rng.normal(size=clean.shape))
+    def known_features(run, records):
+        labels = ["".join(record.findings) for record in records]
+        clean = np.eye(3)[["ABC".index(label) for label in labels]]
+        return hand_made(clean + 0.05 * rng.normal(size=clean.shape), labels)._replace(records=records)
 
     monkeypatch.setattr(evaluate, "encode", known_features)
-    encoded, splits = (
-        known_features(run, records[:60], False),
-        {"train": records[60:120], "valid": records[120:]},
-    )
-    results = evaluate.linear_probe(run, encoded, load=splits.get, fractions=(20, 100), repeats=2, draws=0)
-    assert results["100 % accuracy"]["value"] == 1 and results["20 % accuracy"]["trained"] == 2
+    splits = {"train": records[60:120], "valid": records[120:]}
+    encoded = known_features(run, records[:60])
+    found = evaluate.linear_probe(run, encoded, load=splits.get, fractions=(20, 100), repeats=2)
+    assert found["100 % accuracy"].value == 1 and found["20 % accuracy"].trained == 2
+    assert found["100 % accuracy"].constant == pytest.approx(1 / 3)
 
 
 def test_the_probe_names_its_fractions(examined):
-    assert examined["linear-probe"].keys() == {
-        f"{percent} % {metric}" for percent in (10, 100) for metric in ("accuracy", "AUROC mean")
-    }
+    metrics = [f"{percent} % {metric}" for percent in (10, 100) for metric in ("accuracy", "AUROC mean")]
+    assert list(examined["linear-probe"]) == metrics
     assert [entry["trained"] for entry in examined["linear-probe"].values()] == [2, 2, 1, 1]
 
 
 def test_fine_tuning_learns_what_the_labels_say(run):
     """Bright or dark: of each kind twenty training images."""
-    labels = np.arange(60) % 2
     records = [
-        replace(record, image=np.full((16, 16), 40 + 160 * label, np.uint8))
-        for record, label in zip(records_of(*("AB"[label] for label in labels)), labels, strict=True)
+        replace(record, image=np.full((16, 16), 200 if "B" in record.findings else 40, np.uint8))
+        for record in records_of(*"AB" * 30)
     ]
     encoded, splits = evaluate.encode(run, records[40:]), {"train": records[:30], "valid": records[30:40]}
-    results = evaluate.fine_tune(run, encoded, load=splits.get, fractions=(100,), draws=0)
-    assert results["100 % accuracy"]["value"] == 1
+    assert evaluate.fine_tune(run, encoded, load=splits.get, fractions=(100,))["100 % accuracy"].value == 1
 
 
 @pytest.mark.parametrize("task", [evaluate.linear_probe, evaluate.fine_tune])
-def test_training_images_that_cannot_be_read_are_left_out_within_the_budget(run, task, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "LOOKS", 1)
+def test_a_training_image_that_cannot_be_read_is_named(run, task, tmp_path):
     records = data.load_records(["phantom=16"], "test", 32)
-    for row in (12, 25):  # one for training, one for validation
-        records[row] = replace(records[row], image=tmp_path / f"bad-{row}.png")
+    records[12] = replace(records[12], image=tmp_path / "bad-12.png")
     encoded, splits = evaluate.encode(run, records[:10]), {"train": records[10:21], "valid": records[21:]}
-    options = {"load": splits.get, "fractions": (100,), "draws": 0}
-    assert task(run, encoded, skip_bad_images=1, **options)
-    with pytest.raises(data.BadInput, match="bad-12.png"):
-        task(run, encoded, **options)
+    with pytest.raises(BadInput, match="bad-12.png"):
+        task(run, encoded, load=splits.get, fractions=(100,))
 
 
 def test_fine_tuning_leaves_the_run_as_it_was(run):
@@ -191,14 +394,13 @@ def test_fine_tuning_leaves_the_run_as_it_was(run):
 
 
 def test_fine_tuning_keeps_the_weights_that_were_best_on_the_validation_records(run, monkeypatch):
-    records, looks = data.load_records(["phantom=16"], "test", 20), iter([0.5, 0.7, *[0.6] * 9])
+    records, fits = data.load_records(["phantom=16"], "test", 20), iter([0.5, 0.7, *[0.6] * 9])
     seen = []
-    monkeypatch.setattr(
-        evaluate, "tower_scores", lambda run, tower, records: seen.append(tower[1].weight.clone())
-    )
-    monkeypatch.setattr(evaluate, "mean_auroc", lambda *_: next(looks))
+    keep = lambda run, tower, records: seen.append(tower[1].weight.clone())  # noqa: E731
+    monkeypatch.setattr(evaluate, "tower_scores", keep)
+    monkeypatch.setattr(evaluate, "mean_auroc", lambda *_: next(fits))
     tower = fine_tuned(run, records, records, data.vocabulary(records), seed=0)
-    assert torch.equal(tower[1].weight, seen[1]) and len(seen) == 2 + evaluate.PATIENCE
+    assert torch.equal(tower[1].weight, seen[1]) and len(seen) == 2 + evaluate.ROUNDS_TO_WAIT
 
 
 # -------------------------------------------------------------------------------------------------- wording
@@ -211,9 +413,8 @@ def test_the_first_variant_is_the_trained_prompt():
 
 @pytest.mark.parametrize("template", prompts.TEMPLATES)
 def test_no_two_variants_are_the_same(template):
-    texts = [
-        tuple(map(tuple, each.values())) for each in prompts.variants(["Edema", "Gout"], template).values()
-    ]
+    found = prompts.variants(["Edema", "Gout"], template).values()
+    texts = [tuple(map(tuple, each.values())) for each in found]
     assert len(texts) == len(set(texts))
 
 
@@ -222,9 +423,9 @@ def test_mean_worst_and_spread_are_those_of_the_variants(run, monkeypatch):
     monkeypatch.setattr(prompts, "variants", lambda findings, template: {"one": 0, "two": 1, "negated": 1})
     turn = [np.eye(3), np.roll(np.eye(3), 1, axis=0)]
     monkeypatch.setattr(evaluate, "encode_findings", lambda run, texts: list(turn[texts][:, None]))
-    results = evaluate.prompt_sensitivity(run, features(records_of("A", "B", "C"), np.eye(3)), draws=0)
-    values = {name: entry["value"] for name, entry in results.items()}
-    assert values == {"mean": 0.5, "worst": 0, "spread": 0.5, "one": 1, "two": 0, "negated": 0}
+    found = evaluate.prompt_sensitivity(run, hand_made(np.eye(3), "ABC"))
+    assert values(found) == {"mean": 0.5, "worst": 0, "spread": 0.5, "one": 1, "two": 0, "negated": 0}
+    assert found["spread"].chance is None and found["mean"].constant == found["mean"].chance == 1 / 3
 
 
 def test_sensitivity_shows_every_variant(examined):
@@ -232,180 +433,147 @@ def test_sensitivity_shows_every_variant(examined):
     assert examined["prompt-sensitivity"].keys() == {"mean", "worst", "spread"} | names
 
 
-# ------------------------------------------------------------------------------------------ continuous prompt
-
-
-def test_each_vector_has_its_nearest_word_pieces(run, examined):
-    lines = examined["prompt-words"]["cosine with the nearest word piece"]["words"]
-    assert len(lines) == len(run.model.prompt.context)
-
-
-def test_a_vector_that_is_a_word_is_named_by_it(run):
-    records = data.load_records(["phantom=16"], "test", 5)
-    word = run.tokenizer.convert_tokens_to_ids("edema")
-    before = run.model.prompt.context.data.clone()
-    run.model.prompt.context.data[0] = (
-        3 * run.model.text_encoder.bert.get_input_embeddings().weight[word].detach()
-    )
-    entry = evaluate.prompt_words(run, evaluate.encode(run, records), draws=0)[
-        "cosine with the nearest word piece"
-    ]
-    run.model.prompt.context.data.copy_(before)
-    assert "edema 1.00" in entry["words"][0]
+# --------------------------------------------------------------------- continuous prompt and false negatives
 
 
 def test_the_distance_is_that_of_the_centres(run, monkeypatch):
-    monkeypatch.setattr(
-        evaluate, "encode_texts", lambda run, texts, as_prompts: np.eye(3)[:2] * (1 + as_prompts)
-    )
-    encoded = features(records_of("A", "B"), np.eye(3)[:2], np.zeros((2, 3)))
-    results = evaluate.prompt_words(run, encoded, draws=0)
-    assert results["distance to the reports, without"]["value"] == pytest.approx(0.5**0.5)
-    assert results["distance to the reports, with the vectors"]["value"] == pytest.approx(2 * 0.5**0.5)
+    features = lambda run, texts, as_prompts: np.eye(3)[:2] * (1 + as_prompts)  # noqa: E731
+    monkeypatch.setattr(evaluate, "encode_texts", features)
+    found = evaluate.prompt_words(run, hand_made(np.eye(3)[:2], "AB", np.zeros((2, 3))))
+    assert found["distance to the reports, without"].value == pytest.approx(0.5**0.5)
+    assert found["distance to the reports, with the vectors"].value == pytest.approx(2 * 0.5**0.5)
 
 
 def test_own_and_other_reports_are_told_apart(run, monkeypatch):
     monkeypatch.setattr(evaluate, "encode_texts", lambda run, texts, as_prompts: np.eye(3)[:2])
-    encoded = features(records_of("A", "B"), np.eye(3)[:2], [[0.8, 0.6, 0], [0, 1, 0]])
-    results = evaluate.prompt_words(run, encoded, draws=0)
-    assert results["cosine with the own reports, without"]["value"] == pytest.approx(0.9)
-    assert results["cosine with other reports, without"]["value"] == pytest.approx(0.3)
+    found = evaluate.prompt_words(run, hand_made(np.eye(3)[:2], "AB", [[0.8, 0.6, 0], [0, 1, 0]]))
+    assert found["cosine with the own reports, without"].value == pytest.approx(0.9)
+    assert found["cosine with other reports, without"].value == pytest.approx(0.3)
 
 
-# -------------------------------------------------------------------------------------------- false negatives
+def test_the_norms_of_the_vectors_stand_beside_those_of_the_start(run, examined):
+    norms = run.model.prompt.context.norm(dim=1)
+    assert examined["prompt-words"]["norm of the vectors"]["value"] == pytest.approx(norms.mean().item())
+    start = examined["prompt-words"]["norm of the vectors at the start"]
+    assert start["value"] == pytest.approx(0.02 * 128**0.5) and "chance" not in start
 
 
 def test_pairs_are_counted_by_hand(run):
     """Of six ordered pairs the two with {A} twice are equal, and {A} is a subset of {A, B} twice."""
-    encoded = features(records_of("A", "A", "AB"), np.eye(3))
-    results = evaluate.false_negatives(run, encoded, draws=0)
+    found = evaluate.false_negatives(run, hand_made(np.eye(3), ["A", "A", "AB"]))
     all_pairs = run.args.batch_size * (run.args.batch_size - 1)
-    counts = [
-        results[f"{kind}: pairs, of {all_pairs} in a batch"]["value"] for kind in ("equal", "subset", "other")
-    ]
+    counts = [found[f"{k}: pairs, of {all_pairs} in a batch"].value for k in ("equal", "subset", "other")]
     assert counts == pytest.approx([all_pairs / 3] * 3)
 
 
 def test_pairs_that_are_nearer_than_real_negatives_have_an_auroc_of_one(run):
-    vectors = [[1, 0, 0], [1, 0, 0], [0, 1, 0]]
-    results = evaluate.false_negatives(run, features(records_of("A", "A", "B"), vectors), draws=0)
-    assert results["equal: AUROC against other"]["value"] == results["equal: cosine"]["value"] == 1
-    assert results["other: cosine"]["value"] == 0
+    found = evaluate.false_negatives(run, hand_made([[1, 0, 0], [1, 0, 0], [0, 1, 0]], "AAB"))
+    assert found["equal: AUROC against other"].value == found["equal: cosine"].value == 1
+    assert found["other: cosine"].value == 0
 
 
 def test_two_normal_images_are_no_false_negatives_of_each_other(run):
-    records = [Record(np.zeros((8, 8), np.uint8), "Normal.", data.HEALTHY, str(i), "test") for i in range(3)]
-    results = evaluate.false_negatives(run, evaluate.encode(run, records), draws=0)
-    assert [entry["value"] for name, entry in results.items() if name.startswith("equal: pairs")] == [0]
+    records = [replace(r, findings=frozenset({data.NO_FINDING})) for r in records_of("", "", "")]
+    found = evaluate.false_negatives(run, evaluate.encode(run, records))
+    assert [measure.value for name, measure in found.items() if name.startswith("equal: pairs")] == [0]
 
 
-def test_the_number_of_pairs_is_what_training_removes(tiny_run, examined):
+def test_the_number_of_pairs_is_what_training_removes(examined):
     """With one finding an image and balanced classes, a fifth of the others is equal."""
     (entry,) = (e for name, e in examined["false-negatives"].items() if name.startswith("equal: pairs"))
     assert entry["value"] == pytest.approx(8 * 7 * 5 / 29)
 
 
-# ----------------------------------------------------------------------------------------- place of a finding
+# ------------------------------------------------------------------------------------------------- pictures
 
 
-def test_the_cosine_is_the_mean_over_the_cells(run):
+def colours(path):
+    return {colour for _, colour in Image.open(path).convert("RGB").getcolors(1 << 24)}
+
+
+GREEN, RED = (0, 128, 0), (255, 0, 0)
+
+
+@pytest.mark.parametrize(("reports", "frame"), [([[1, 0], [0, 1]], GREEN), ([[0, 1], [1, 0]], RED)])
+def test_the_gallery_frames_matches_in_green_and_others_in_red(run, tmp_path, reports, frame):
+    encoded = hand_made([[1, 0], [0, 1]], "AB", reports)
+    evaluate.gallery(run, encoded, tmp_path / "gallery.png", columns=1)
+    assert colours(tmp_path / "gallery.png") & {GREEN, RED} == {frame}
+
+
+def test_text_is_wrapped_by_its_width_in_pixels():
+    lines = evaluate.wrapped("iiii " * 9 + "WWWW " * 9 + "W" * 99, 100)
+    assert len(lines[0]) > 2 * len(lines[-2]) and "W" * 99 not in " ".join(lines)
+    assert all(evaluate.FONT.getlength(line) <= 100 for line in lines)
+
+
+def test_each_cell_of_a_map_has_its_own_cosine(run):
     records = data.load_records(["phantom=16"], "test", 20)
-    encoded = evaluate.encode(run, records)
-    maps = evaluate.similarity_maps(run, records, encoded.report_features)
-    cosine = (encoded.image_features * encoded.report_features).sum(1)
-    assert np.allclose(maps.mean((1, 2)), cosine, atol=1e-5)
+    text = evaluate.encode_texts(run, ["A report."])
+    maps = evaluate.similarity_maps(run, records, text.repeat(20, 0))
+    images = torch.cat(list(evaluate.image_batches(run, records)))
+    cells = run.model.image_projection(run.model.image_encoder.cells(images)).detach().numpy()
+    slow = [[cell @ text[0] / np.linalg.norm(cell) for cell in each] for each in cells]
+    assert np.allclose(maps.reshape(20, -1), slow, atol=1e-5) and np.ptp(maps[0]) > 0
 
 
-def test_cells_lie_where_the_image_has_them(options):
-    """Where a part of an image changes, with no attention between windows and no mixing, so does its cell."""
-    run = train.new_run(
-        options("--window-size", "2", "--image-size", "32", "--swin-depths", "0", "0"), reporting()
-    )
-    bright = np.zeros((32, 32), np.uint8)
-    bright[8:16, 24:] = 255  # of 4 x 4 cells the second from above, the last
-    records = [
-        Record(image, "A.", frozenset({"A"}), "1", "test") for image in (np.zeros_like(bright), bright)
-    ]
-    one, other = evaluate.similarity_maps(run, records, np.ones((2, run.args.embed_dim), np.float32))
-    ratio = np.divide(one, other)  # the image's length divides all cells alike
-    odd = np.abs(ratio - np.median(ratio)) > 1e-3
-    assert odd.sum() == 1 and odd[1, 3]
+def test_maps_lie_where_the_image_has_them(monkeypatch):
+    """A tower whose cells are the pixels: the map is the image."""
+    image = np.zeros((4, 4), np.uint8)
+    image[1, 3] = 255
+
+    def cells(images):
+        return torch.stack([images.flatten(1), torch.ones(len(images), 16)], dim=2)
+
+    towers = SimpleNamespace(image_encoder=SimpleNamespace(cells=cells), project_image=lambda x: x, eval=int)
+    args = SimpleNamespace(image_size=4, batch_size=1, precision="fp32")
+    tower = SimpleNamespace(model=towers, device="cpu", args=args, autocast=torch.no_grad)
+    ((found,),) = [evaluate.similarity_maps(tower, records_of("A")[:1], np.eye(2, dtype=np.float32)[:1])]
+    black = [replace(records_of("A")[0], image=image)]
+    (bright,) = evaluate.similarity_maps(tower, black, np.eye(2, dtype=np.float32)[:1])
+    assert np.argwhere(found != bright).tolist() == [[1, 3]]
 
 
-def reporting():
-    return records_of("A", "B", report="A report of A and B.")
+def test_one_scale_holds_for_all_maps():
+    grey, strong, weak = np.full((1, 3), 100), np.array([[-1.0, 0, 1]]), np.array([[-0.1, 0, 0.1]])
+    strong, weak = (np.asarray(evaluate.tinted(grey, each))[0].astype(int) for each in (strong, weak))
+    assert strong[1].tolist() == weak[1].tolist() == [100] * 3
+    assert strong[0, 2] > weak[0, 2] > weak[0, 0] > strong[0, 0]  # blue
+    assert strong[2, 0] > weak[2, 0] > weak[2, 2] > strong[2, 2]  # red
 
 
-def test_cells_are_inside_by_their_centre():
-    inside = evaluate.cells_inside([(0.0, 0.5, 0.3, 1.0)], 4)  # left half less a bit, lower half
-    assert inside.tolist() == [
-        [False] * 4,
-        [False] * 4,
-        [True, False, False, False],
-        [True, False, False, False],
-    ]
-
-
-def test_pointing_is_scored_by_hand(run, monkeypatch):
-    """The map of the first image is hottest within its box, that of the second is not."""
-    records = [
-        Record(np.zeros((16, 16), np.uint8), None, frozenset({"Edema"}), str(i), "test", boxes=(box,))
-        for i, box in enumerate([(0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1)])
-    ]
-    maps = np.zeros((2, 2, 2))
-    maps[:, 0, 0] = 1
-    monkeypatch.setattr(evaluate, "similarity_maps", lambda *_: maps)
-    results = evaluate.pointing_game(run, features(records, np.eye(3)[:2]), draws=0)
-    assert results["all"]["value"] == 0.5 and results["all"]["chance"] == 0.25
-    assert results.keys() == {"all", "another's map", "Edema"}
-
-
-def test_phantoms_with_one_finding_have_its_box():
-    for record in data.load_records(["phantom=16"], "test", 20):
-        ((left, top, right, bottom),) = record.boxes
-        assert 0 <= left < right <= 1 and 0 <= top < bottom <= 1
-
-
-def test_the_pointing_game_is_played_for_the_chosen_classes(tiny_run, tmp_path):
-    flags = ["--task", "pointing-game", "--classes", "Edema", "--limit", "20"]
-    file = tmp_path / "results.json"
-    assert evaluate.main(["--checkpoint", str(tiny_run), *flags, "--out", str(file)]) == 0
-    (entry,) = json.loads(file.read_text()).values()
-    assert entry["metrics"].keys() == {"all", "another's map", "Edema"}
-
-
-def test_a_heatmap_is_drawn_on_demand(tiny_run, tmp_path):
-    flags = ["--task", "pointing-game", "--limit", "10", "--heatmap", str(tmp_path / "heat.png")]
+def test_pictures_are_drawn_on_demand(tiny_run, tmp_path, capsys):
+    flags = ["--task", "zero-shot", "--classes", "Edema", "Atelectasis", "--limit", "10"]
+    for name in ("gallery", "heatmap"):
+        flags += [f"--{name}", str(tmp_path / f"{name}.png")]
     assert evaluate.main(["--checkpoint", str(tiny_run), *flags, "--out", str(tmp_path / "r.json")]) == 0
-    colours = {colour for _, colour in Image.open(tmp_path / "heat.png").getcolors(1 << 24)}
-    assert (255, 255, 0) in colours  # the frame of a box
-
-
-def test_a_heatmap_without_boxes_is_refused(tiny_run, chests, tmp_path, capsys):
-    flags = [
-        "--data",
-        f"nih-chestxray14={chests}",
-        "--task",
-        "zero-shot",
-        "--heatmap",
-        str(tmp_path / "h.png"),
-    ]
-    assert evaluate.main(["--checkpoint", str(tiny_run), *flags, "--out", str(tmp_path / "r.json")]) == 2
-    assert "box" in capsys.readouterr().err
-
-
-# -------------------------------------------------------------------------------------------------- bad input
+    assert min(Image.open(tmp_path / "gallery.png").size) > 4 * 224  # rows of a query and 3 reports
+    rows = Image.open(tmp_path / "heatmap.png").height // 166  # 144 pixels and a title
+    assert rows == 2 and len(colours(tmp_path / "heatmap.png") - {(i, i, i) for i in range(256)}) > 100
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"written: {tmp_path}/r.json, {tmp_path}/gallery.png, {tmp_path}/heatmap.png"
 
 
 @pytest.mark.parametrize(
-    "flags",
-    ["--repeats 0", "--fractions 0", "--fractions 101", "--sentences -1", "--limit 0", "--repeats x"]
-    + ["--skip-bad-images -1", "--fractions nan"],
+    ("flag", "lacking"), [("--gallery", "reports"), ("--heatmap", "exactly one finding")]
 )
-def test_numbers_that_make_no_sense_are_refused(flags):
-    with pytest.raises(SystemExit, match="2"):
-        evaluate.build_parser().parse_args(flags.split())
+def test_a_picture_without_its_data_is_refused_after_the_results(
+    tiny_run, tmp_path, monkeypatch, capsys, flag, lacking
+):
+    several = [replace(record, report=None) for record in records_of("AB", "BC", "AC")]
+    monkeypatch.setitem(data.DATASETS, "several", lambda root, split: several)
+    flags = ["--data", f"several={tmp_path}", "--task", "zero-shot", flag, str(tmp_path / "x.png")]
+    assert evaluate.main(["--checkpoint", str(tiny_run), *flags, "--out", str(tmp_path / "r.json")]) == 2
+    assert lacking in capsys.readouterr().err and (tmp_path / "r.json").exists()
 
+
+def test_a_picture_of_an_unknown_kind_is_refused_after_the_results(tiny_run, tmp_path, capsys):
+    flags = ["--limit", "20", "--out", str(tmp_path / "r.json"), "--gallery", str(tmp_path / "picture")]
+    assert evaluate.main(["--checkpoint", str(tiny_run), *flags]) == 2
+    assert "such as .png" in capsys.readouterr().err and (tmp_path / "r.json").exists()
+
+
+# -------------------------------------------------------------------------------------------------- bad input
 
 BARE = [*([task] for task in evaluate.TASKS), ["all"], ["zero-shot", "retrieval"]]
 
@@ -419,7 +587,9 @@ def test_tasks_without_their_data_are_refused(tiny_run, flags, tmp_path, monkeyp
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_of_all_tasks_those_without_training_records_are_left_out(tiny_run, tmp_path, monkeypatch, capsys):
+def test_of_several_tasks_those_without_training_records_are_left_out(
+    tiny_run, tmp_path, monkeypatch, capsys
+):
     test = data.load_records(["phantom=16"], "test", 20)
     monkeypatch.setitem(data.DATASETS, "tests", lambda root, split: test if split == "test" else [])
     flags = ["--data", f"tests={tmp_path}", "--task", "zero-shot", "linear-probe", "prompt-sensitivity"]
@@ -429,7 +599,8 @@ def test_of_all_tasks_those_without_training_records_are_left_out(tiny_run, tmp_
     assert [entry["task"] for entry in entries] == ["zero-shot", "prompt-sensitivity"]
 
 
-def test_a_picture_that_cannot_be_one_is_refused_after_the_results(tiny_run, tmp_path, capsys):
-    flags = ["--limit", "20", "--out", str(tmp_path / "r.json"), "--gallery", str(tmp_path / "picture")]
-    assert evaluate.main(["--checkpoint", str(tiny_run), *flags]) == 2
-    assert "such as .png" in capsys.readouterr().err and (tmp_path / "r.json").exists()
+def test_prompts_are_encoded_with_the_vectors_and_stay_with_their_finding(run):
+    features = encode_findings(run, {"Edema": ["edema", "fluid"], "Gout": ["gout"]})
+    assert [len(each) for each in features] == [2, 1]
+    own = run.model.encode_prompt(*run.prompt_tokens(["gout"]))[0].detach()
+    assert np.allclose(features[1][0], own, atol=1e-5)
