@@ -1744,9 +1744,16 @@ def number_type(kind, low, high=sys.float_info.max):
     return read
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """Answers a wrong option with one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; {self.prog} --help lists the options\n")
+
+
 def build_parser():
     about = "Look into data sets, rebuild protocols, pack images."
-    p = argparse.ArgumentParser(description=about, allow_abbrev=False)
+    p = ArgumentParser(description=about, allow_abbrev=False)
     commands = p.add_subparsers(metavar="COMMAND", required=True)
 
     def command(run, name, help):

@@ -42,9 +42,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 import data
 import prompts
 import umcl
-from data import BadInput, Lacking
-from data import fingerprint as ids_sha256
-from data import number as number_type
+from data import ArgumentParser, BadInput, Lacking, number_type
 from umcl import UMCL, SwinTransformer, TextEncoder
 
 # ------------------------------------------------------------------------------------------------- metrics
@@ -287,7 +285,12 @@ def progress(items, what, **options):
 # ------------------------------------------------------------------------------------ runs and checkpoints
 
 # Options that say where and how a run is computed: they change it by rounding and random numbers at most.
-MACHINE_OPTIONS = ("device", "workers", "micro_batch_size", "log_every", "save_every")
+MACHINE_OPTIONS = ("device", "workers", "threads", "micro_batch_size", "log_every", "save_every")
+# Options that the shapes of the weights depend on.
+MODEL_OPTIONS = (
+    "image_size patch_size swin_dim swin_depths swin_heads window_size text_model max_length embed_dim "
+    "prompt_length"
+).split()
 
 # What a checkpoint and the options of training in it must have to be used, by type.
 NEEDED = {
@@ -334,26 +337,28 @@ def wrap_tokenizer(tokenizer_json):
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer_json), **special)
 
 
-def build_model(args, bert):
-    """Puts the parts together, without what an ablation takes away -> UMCL."""
+def build_image_encoder(args):
+    """The Swin Transformer of these options; sizes that do not fit are a BadInput."""
     alike = ("image_size", "patch_size", "window_size", "drop_path")
     sizes = {"embed_dim": args.swin_dim, "depths": args.swin_depths, "num_heads": args.swin_heads}
     try:
-        swin = SwinTransformer(**sizes, **{name: getattr(args, name) for name in alike})
+        return SwinTransformer(**sizes, **{name: getattr(args, name) for name in alike})
     except ValueError as error:
         raise BadInput(str(error)) from error
+
+
+def build_model(args, bert, prompt_length):
+    """Puts the parts together -> UMCL. With a prompt_length of 0 label prompts are plain text."""
     positions = bert.config.max_position_embeddings
     if args.max_length > positions:
         raise BadInput(f"--max-length {args.max_length}: the text model has {positions} positions")
-    # Without label prompts nothing would train the vectors, and random ones would only disturb zero-shot.
-    with_prompt = args.continuous_prompt and args.image_label and args.prompt_length > 0
-    if with_prompt and positions - args.prompt_length < 8:
+    if prompt_length and positions - prompt_length < 8:
         raise BadInput(
-            f"--prompt-length {args.prompt_length} leaves no room for text: the text model has "
-            f"{positions} positions"
+            f"--prompt-length {prompt_length} leaves no room for text: the text model has {positions} "
+            "positions"
         )
-    prompt = prompts.ContinuousPrompt(args.prompt_length, bert.config.hidden_size) if with_prompt else None
-    return UMCL(swin, TextEncoder(bert), prompt, embed_dim=args.embed_dim)
+    prompt = prompts.ContinuousPrompt(prompt_length, bert.config.hidden_size) if prompt_length else None
+    return UMCL(build_image_encoder(args), TextEncoder(bert), prompt, embed_dim=args.embed_dim)
 
 
 def finite(model):
@@ -438,8 +443,12 @@ def check_parts(state):
 
 def load_run(path, device="cpu"):
     """RUN, RUN/best.pt or RUN/last.pt -> Run in evaluation mode; needs no text model and no network."""
-    path = Path(path, "best.pt") if Path(path).is_dir() else Path(path)
-    return run_from_checkpoint(read_checkpoint(path), device)
+    return run_from_checkpoint(read_checkpoint(run_file(path)), device)
+
+
+def run_file(path):
+    """RUN or a checkpoint in it -> the checkpoint's path, of a folder that of the best epoch."""
+    return Path(path, "best.pt") if Path(path).is_dir() else Path(path)
 
 
 def run_from_checkpoint(state, device):
@@ -450,8 +459,9 @@ def run_from_checkpoint(state, device):
         fields = {name: fields[name] for name in BERT_FIELDS if name in fields}
         if not max(fields.get("num_hidden_layers", 0), *args.swin_depths) <= len(state["model"]):
             raise ValueError("a tower has more layers than there are weights")
+        prompt_length = len(state["model"].get("prompt.context", ()))
         bert = BertModel(BertConfig(**fields, attn_implementation="sdpa"), add_pooling_layer=False)
-        model, tokenizer = build_model(args, bert), wrap_tokenizer(state["tokenizer"])
+        model, tokenizer = build_model(args, bert, prompt_length), wrap_tokenizer(state["tokenizer"])
         model.load_state_dict(state["model"])
         if len(tokenizer) > bert.config.vocab_size:
             raise ValueError("its tokenizer has more pieces than its text model")
@@ -523,13 +533,6 @@ def image_loader(run, records, findings, transform, **options):
     )
 
 
-def readable(loader):
-    """What the loader gives; an image that cannot be read is a BadInput."""
-    for batch in loader:
-        data.refuse_unreadable(batch.unreadable, 0)
-        yield batch
-
-
 @torch.no_grad()
 def encode(run, records):
     """Records -> Encoded, in their order; the findings are those that are present at least once.
@@ -541,7 +544,7 @@ def encode(run, records):
     findings = data.vocabulary(records)
     loader = image_loader(run, records, findings, data.evaluation_transform(run.args.image_size))
     report_rows, report_labels, report_features, pooled, image_features, seen = [], [], [], [], [], 0
-    for batch in progress(readable(loader), "images and reports", total=len(loader), unit="batch"):
+    for batch in progress(data.readable(loader), "images and reports", total=len(loader), unit="batch"):
         report_rows.append(seen + batch.report_rows)
         report_labels.append(batch.report_labels)
         seen += len(batch.rows)
@@ -990,7 +993,7 @@ def fine_tuned(run, records, valid, findings, seed):
     transform = data.training_transform(run.args.image_size, run.args.horizontal_flip)
     options = {"shuffle": True, "persistent_workers": run.args.workers > 0}
     loader = image_loader(run, records, findings, transform, **options)
-    batches = itertools.chain.from_iterable(readable(each) for each in itertools.repeat(loader))
+    batches = itertools.chain.from_iterable(data.readable(each) for each in itertools.repeat(loader))
     present, known_valid = validation_labels(valid, findings)
     best, since = -1.0, 0
     for _ in progress(range(ROUNDS), "fine-tuning", unit="round"):
@@ -1335,7 +1338,7 @@ def records_sha256(records):
     lines = [
         "\t".join([r.source, r.id or r.patient, *sorted(r.findings), "-", *sorted(r.absent)]) for r in records
     ]
-    return ids_sha256(sorted(lines)), ids_sha256(sorted(r.report or "" for r in records))
+    return data.ids_sha256(sorted(lines)), ids_sha256(sorted(r.report or "" for r in records))
 
 
 def commit():
@@ -1366,7 +1369,7 @@ def write_results(path, entries):
 # fmt: off
 def build_parser():
     positive = number_type(int, 1)
-    p = argparse.ArgumentParser(description="Evaluate a run of train.py.", allow_abbrev=False)
+    p = ArgumentParser(description="Evaluate a run of train.py.", allow_abbrev=False)
     p.add_argument("--task", nargs="+", choices=[*TASKS, "all"], default=["zero-shot", "retrieval"])
     c = p.add_mutually_exclusive_group()
     c.add_argument("--checkpoint", help="RUN or RUN/best.pt; default the newest run's best")
@@ -1540,7 +1543,7 @@ def evaluate(args, written):
         run.model.to(resolve_machine(run.args))
         data.check_images(records, run.args.image_size)
         say(f"{path}, {chosen}, {len(records)} images")
-        if args.ids and ids_sha256(data.read_ids(args.ids)) not in run.args.held_out:
+        if args.ids and data.ids_sha256(data.read_ids(args.ids)) not in run.args.held_out:
             say(f"note: {path} did not hold out the patients of {args.ids}; it may have seen these images")
         new = [name for name in args.classes or data.vocabulary(records) if name not in run.findings]
         if new:

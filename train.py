@@ -6,28 +6,38 @@
     python train.py --data nih-chestxray14=FOLDER covid-chestxray=FOLDER
                                                                 Swin-T and Bio_ClinicalBERT
     python train.py --resume RUN                                goes on where a run was stopped or broke
+    python train.py --init RUN --data csv=FILE                  starts from its weights, on other data
     torchrun --nproc-per-node=4 train.py                        four GPUs; the batch stays what it was
 
-A run leaves RUN/log.jsonl (one JSON object a line), RUN/last.pt and RUN/best.pt.
+A run leaves RUN/log.jsonl (one JSON object a line), RUN/last.pt, RUN/best.pt and RUN/config.json.
 """
 
 import argparse
 import contextlib
+import fcntl
+import hashlib
 import json
 import math
 import os
 import re
 import signal
+import socket
 import sys
 import time
 import zlib
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see data.py
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import transformers
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from tokenizers import BertWordPieceTokenizer, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.nn.parallel import DistributedDataParallel
@@ -37,40 +47,42 @@ from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel
 import data
 import evaluate
 import prompts
-from data import BadInput, number
+from data import ArgumentParser, BadInput, number_type
 from evaluate import (
     MACHINE_OPTIONS,
+    MODEL_OPTIONS,
     Run,
+    build_image_encoder,
     build_model,
+    load_run,
     read_checkpoint,
     resolve_machine,
+    run_file,
     run_from_checkpoint,
     save_checkpoint,
     wrap_tokenizer,
 )
-from umcl import (
-    MAX_LOGIT_SCALE,
-    contrastive_loss,
-    label_mask,
-    load_swin_weights,
-    unicl_loss,
-)
+from umcl import MAX_LOGIT_SCALE, contrastive_loss, label_mask, load_swin_weights
 
 SMALL_BERT = "small"  # --text-model: a BERT trained from scratch, with a vocabulary of its own
 MAX_SKIPPED = 3  # steps in a row whose loss or gradient is not finite, before a run gives up
+MAX_IDLE = 100  # steps in a row whose loss and gradient are exactly 0
 READING_TIMEOUT = 600  # seconds to wait for a batch: a network folder may stall without an error
-PROCESS_TIMEOUT = timedelta(hours=12)  # the others wait while the first validates
+STEP_TIMEOUT = timedelta(minutes=20)  # of another process in a step; longer than for a batch
+VALIDATION_TIMEOUT = timedelta(hours=12)  # the others wait while the first validates
+STOP_SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "a closed terminal"}
+MASKS = ("both", "reports", "prompts", "identical", "none")
 # fmt: off
 PRESETS = {  # REPRODUCE.md compares the values of "paper" with those of the family; all are ours
     "small": dict(  # minutes on two cores, both towers from scratch: phantoms and small data sets
         image_size=64, patch_size=8, swin_dim=64, swin_depths=[2, 2], swin_heads=[2, 4], window_size=4,
         drop_path=0.0, text_model=SMALL_BERT, max_length=96, embed_dim=128,
-        batch_size=32, epochs=10, lr=7e-4, weight_decay=0.05, workers=1,
+        batch_size=32, epochs=10, lr=7e-4, weight_decay=0.05, workers=1, precision="auto",
     ),
     "paper": dict(  # Swin-T and Bio_ClinicalBERT
         image_size=224, patch_size=4, swin_dim=96, swin_depths=[2, 2, 6, 2], swin_heads=[3, 6, 12, 24],
         window_size=7, drop_path=0.1, text_model="emilyalsentzer/Bio_ClinicalBERT", max_length=128,
-        embed_dim=512, batch_size=128, epochs=15, lr=5e-5, weight_decay=1e-4, workers=4,
+        embed_dim=512, batch_size=128, epochs=15, lr=5e-5, weight_decay=1e-4, workers=4, precision="auto",
     ),
 }
 
@@ -84,9 +96,10 @@ def template(text):
 
 def build_parser():
     on_off = argparse.BooleanOptionalAction
-    positive, natural, share = number(int, 1), number(int, 0), number(float, 0, 1)
-    p = argparse.ArgumentParser(description="Pre-train UMCL or one of its ablations.", allow_abbrev=False,
-                                epilog="Options without a default here have one in the preset.")
+    positive, natural = number_type(int, 1, 10**9), number_type(int, 0, 4096)
+    size, share = number_type(int, 1, 4096), number_type(float, 0, 1)
+    p = ArgumentParser(description="Pre-train UMCL or one of its ablations.", allow_abbrev=False,
+                       epilog="Options without a default here have one in the preset.")
     p.add_argument("--data", nargs="+", default=["phantom"], metavar="NAME[=ROOT]",
                    help=f"data sets to mix: {', '.join(data.DATASETS)}")
     p.add_argument("--limit", type=positive, help="only the first N records of each data set (smoke runs)")
@@ -103,7 +116,9 @@ def build_parser():
     p.add_argument("--resume", metavar="RUN",
                    help="folder of a run to go on with, exactly from where it was saved; only options of the "
                         "machine may change")
-    p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
+    p.add_argument("--init", metavar="RUN",
+                   help="start a new run from the best weights of another, on other data or findings")
+    p.add_argument("--seed", type=number_type(int, 0, 2**63 - 1), default=0)
 
     a = p.add_argument_group("ablations")
     a.add_argument("--continuous-prompt", action=on_off, default=True, help="off: the template alone")
@@ -111,61 +126,58 @@ def build_parser():
                    help="paper: 16 and 64 are worse than in between")
     a.add_argument("--template", type=template, default="caption",
                    help=f"around the finding: {', '.join(prompts.TEMPLATES)}, or a text of yours with {{}}")
-    a.add_argument("--label-mask", action=on_off, default=True, help="off: same-label pairs are negatives")
-    a.add_argument("--mask-rule", choices=("equal", "subset"),
-                   help="one for all texts; default equal for reports and subset for label prompts")
-    a.add_argument("--positives", action="store_true",
-                   help="same-label pairs are attracted, as in UniCL, not removed; unknown counts as absent")
+    a.add_argument("--label-mask", choices=MASKS, default="both",
+                   help="texts that the labels take out of the negatives; identical: equal texts alone, no "
+                        "label is looked at; none: CLIP's loss")
+    a.add_argument("--no-label-mask", dest="label_mask", action="store_const", const="none",
+                   help="the same as --label-mask none")
     a.add_argument("--image-text", action=on_off, default=True, help="off: no report is read")
     a.add_argument("--image-label", action=on_off, default=True, help="off: no label prompt is made")
-    a.add_argument("--prompt-weight", type=number(float, 0), default=1.0,
-                   help="λ, of the label prompts' loss (ours)")
-
-    f = p.add_argument_group("labels, training records alone")
-    f.add_argument("--label-noise", type=share, default=0.0, metavar="SHARE",
-                   help="of the labelled records that get the labels of another one")
-    f.add_argument("--label-drop", type=share, default=0.0, metavar="SHARE",
-                   help="of the findings that are called absent, as by a labeler that overlooks them")
-    f.add_argument("--label-records", type=share, default=1.0, metavar="SHARE",
-                   help="of the records without a report that are used")
+    a.add_argument("--prompt-weight", type=number_type(float, 0), default=1.0,
+                   help="lambda, of the label prompts' loss (ours)")
+    a.add_argument("--label-noise", type=share, default=0.0, metavar="SHARE",
+                   help="of the labelled training records that get the labels of another one")
 
     m = p.add_argument_group("model")
-    m.add_argument("--image-size", type=positive,
+    m.add_argument("--image-size", type=size,
                    help="pixels a side; more helps fine findings and costs squared")
-    m.add_argument("--patch-size", type=positive,
+    m.add_argument("--patch-size", type=size,
                    help="pixels a side of a patch; larger is faster and coarser")
-    m.add_argument("--swin-dim", type=positive, help="channels of the first stage")
-    m.add_argument("--swin-depths", type=natural, nargs="+", help="blocks of each stage")
-    m.add_argument("--swin-heads", type=positive, nargs="+", help="attention heads of each stage")
-    m.add_argument("--window-size", type=positive, help="must divide the side of each map that is larger")
-    m.add_argument("--drop-path", type=share, help="stochastic depth; 0.1 to 0.2 for long runs")
+    m.add_argument("--swin-dim", type=size, help="channels of the first stage")
+    m.add_argument("--swin-depths", type=number_type(int, 0, 100), nargs="+", help="blocks of each stage")
+    m.add_argument("--swin-heads", type=size, nargs="+", help="attention heads of each stage")
+    m.add_argument("--window-size", type=size, help="must divide the side of each map that is larger")
+    m.add_argument("--drop-path", type=number_type(float, 0, 0.9),
+                   help="stochastic depth; 0.1 to 0.2 for long runs")
     m.add_argument("--image-weights", metavar="FILE",
                    help="pre-trained Swin with torchvision's, Microsoft's, timm's or transformers' key names")
     m.add_argument("--text-model", metavar="NAME_OR_FOLDER",
                    help=f'a pre-trained BERT, or "{SMALL_BERT}" for a small one from scratch')
-    m.add_argument("--max-length", type=number(int, 3),
+    m.add_argument("--max-length", type=number_type(int, 3, 4096),
                    help="word pieces of a text; what is longer is cut off")
-    m.add_argument("--embed-dim", type=positive, help="size of the shared space")
+    m.add_argument("--embed-dim", type=number_type(int, 1, 2**16), help="size of the shared space")
 
     t = p.add_argument_group("training")
     t.add_argument("--batch-size", type=positive,
                    help="images a step, over all processes; each other's negatives")
     t.add_argument("--epochs", type=positive)
-    t.add_argument("--lr", type=number(float, 0),
+    t.add_argument("--lr", type=number_type(float, 0),
                    help="peak; 7e-4 suits small towers from scratch, 5e-5 pre-trained")
     t.add_argument("--weight-decay", type=share, help="none on norms, biases, temperature, prompt")
     t.add_argument("--warmup", type=share, default=0.1, help="share of the steps with a rising learning rate")
-    t.add_argument("--clip", type=number(float, 1e-9), default=1.0, help="largest norm of the gradient")
+    t.add_argument("--clip", type=number_type(float, 1e-9), default=1.0, help="largest norm of the gradient")
     t.add_argument("--horizontal-flip", action=on_off, default=False, help='contradicts "left" in a report')
 
     e = p.add_argument_group("machine")
     e.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    e.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+    e.add_argument("--precision", choices=("auto", "fp32", "bf16"),
                    help="auto: bf16 autocast where the processor has units for it")
+    e.add_argument("--threads", type=number_type(int, 1, 1024), default=os.cpu_count(),
+                   help="of each process on the CPU")
     e.add_argument("--micro-batch-size", type=positive, metavar="N",
                    help="for a small device: encode N images or texts at a time, each twice; the loss still "
                         "has the whole batch for negatives, which accumulating gradients would take away")
-    e.add_argument("--workers", type=natural, help="processes that read images; 0 for none")
+    e.add_argument("--workers", type=number_type(int, 0, 256), help="processes that read images; 0 for none")
     e.add_argument("--log-every", type=positive, default=10, help="steps between two lines of log.jsonl")
     e.add_argument("--save-every", type=positive, default=1000,
                    help="steps between two saves within an epoch; each epoch's end is saved anyway")
@@ -179,21 +191,28 @@ def parse_args(argv=None):
     first = parser.parse_args(argv)
     if first.resume is not None:
         return resumed_args(parser, argv, first.resume)
+    old = read_checkpoint(run_file(first.init))["args"] if first.init is not None else {}
     phantoms_only = all(spec.partition("=")[0] == "phantom" for spec in first.data)
-    preset = first.preset or ("small" if phantoms_only else "paper")
-    parser.set_defaults(preset=preset, **PRESETS[preset])
+    preset = first.preset or old.get("preset") or ("small" if phantoms_only else "paper")
+    kept = {name: old[name] for name in MODEL_OPTIONS if name in old}
+    parser.set_defaults(preset=preset, **PRESETS[preset] | kept)
     args = parser.parse_args(argv)
+    changed = [name for name in kept if vars(args)[name] != kept[name]]
+    if changed:
+        raise BadInput(f"{flags(changed)} would need other weights than those of --init {args.init}")
     if args.out is None:
         args.out = run_folder(parser, args)
-    elif Path(args.out, "last.pt").exists():
+    elif holds_a_run(args.out):
         raise BadInput(
             f"{args.out} already holds a run; give another --out, or go on with --resume {args.out}"
         )
-    if (args.positives or args.mask_rule) and not args.label_mask:
-        raise BadInput("--positives and --mask-rule are about the label mask; leave --no-label-mask out")
     args.commit = evaluate.commit()
-    args.held_out = [data.fingerprint(data.read_ids(file)) for file in args.hold_out]
+    args.held_out = [data.ids_sha256(data.read_ids(file)) for file in args.hold_out]
     return args
+
+
+def flags(names):
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
 def resumed_args(parser, argv, folder):
@@ -201,13 +220,21 @@ def resumed_args(parser, argv, folder):
     new = {"device": "auto", "resume": folder, "out": folder}
     saved = vars(parser.parse_args([])) | read_checkpoint(Path(folder, "last.pt"))["args"] | new
     args = parser.parse_args(argv, argparse.Namespace(**saved))  # what is not given stays as it was saved
-    altered = [
-        name for name in vars(args) if name not in MACHINE_OPTIONS and getattr(args, name) != saved[name]
-    ]
+    altered = [name for name in vars(args) if name not in MACHINE_OPTIONS and vars(args)[name] != saved[name]]
     if altered:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in altered)
-        raise BadInput(f"{flags} would alter the result of {folder}; a run is resumed with its own options")
+        raise BadInput(
+            f"{flags(altered)} would alter the result of {folder}; a run is resumed with its own options, "
+            f"--init {folder} starts another from its weights"
+        )
+    commits = saved["commit"].split(" then ")
+    if evaluate.commit() not in commits:
+        args.commit = " then ".join([*commits, evaluate.commit()])
+        print_once(f"the program has changed since this run was begun: {args.commit}")
     return args
+
+
+def holds_a_run(folder):
+    return any(Path(folder, name).exists() for name in ("last.pt", "best.pt", "log.jsonl"))
 
 
 def run_folder(parser, args):
@@ -221,10 +248,26 @@ def run_folder(parser, args):
             continue
         flag = name.replace("_", "-")
         text = {True: flag, False: f"no-{flag}"}.get(value) if isinstance(value, bool) else f"{flag}-{value}"
+        text = re.sub(r"[^\s,'\[\]]*/(?=[^/])", "", text)  # of a path its last part
         parts.append(re.sub(r"[^\w.]+", "-", text).strip("-"))
-    folder = Path("runs", "-".join(parts))
+    folder = Path("runs", "-".join(parts)[:200])  # file systems take names of up to 255 bytes
     folders = [folder, *(Path(f"{folder}-{n}") for n in range(2, 1000))]
-    return str(next(folder for folder in folders if not (folder / "last.pt").exists()))
+    return str(next(folder for folder in folders if not holds_a_run(folder)))
+
+
+def print_options(args):
+    """The options that differ from the preset's, on the screen; all of them into RUN/config.json."""
+    parser = build_parser()
+    parser.set_defaults(**PRESETS[args.preset])
+    machine = f"{args.device}, {args.precision}, {args.threads} threads, {processes()} processes"
+    print_once(f"UMCL {args.commit}, torch {torch.__version__}, {machine}")
+    print_once(
+        f"preset {args.preset}, all options in {Path(args.out, 'config.json')}; other than by default:"
+    )
+    for name, value in vars(args).items():
+        default = parser.get_default(name)
+        if value != default and name not in ("preset", "device", "precision", "commit", "held_out"):
+            print_once(f"  {name.replace('_', '-'):18} {value}")
 
 
 # --------------------------------------------------------------------------------------------------- model
@@ -248,31 +291,69 @@ def learn_tokenizer(texts, size=2000):
     return BertWordPieceTokenizer({name: i for i, name in enumerate(dict.fromkeys(names))}, lowercase=True)
 
 
+def local_files_only(name):
+    """Whether a text model has to come from the disk; without a connection the hub library waits a minute."""
+    if Path(name).is_dir():
+        return True
+    with contextlib.suppress(OSError, ValueError):
+        AutoConfig.from_pretrained(name, local_files_only=True)
+        return True  # in the library's cache
+    host = urlsplit(constants.ENDPOINT)
+    try:
+        if not getproxies():
+            socket.create_connection((host.hostname, host.port or 443), timeout=3).close()
+    except OSError as error:
+        raise BadInput(
+            f"the text model {name} is no folder and not in the cache, and {host.hostname} cannot be reached: "
+            f"`hf download {name} --local-dir FOLDER` where there is a connection, then --text-model FOLDER; "
+            "or --preset small, which needs none"
+        ) from error
+    return False
+
+
 def load_text_model(name):
     """A pre-trained BERT by hub name or folder -> (BertModel without pooling layer, tokenizer)."""
-    fault = "holds no BERT checkpoint with its tokenizer; save both there with save_pretrained"
-    if not Path(name).is_dir():
-        fault = (
-            "is neither a folder nor reachable on the Hugging Face hub; where there is a connection, "
-            f"`hf download {name} --local-dir FOLDER`, then --text-model FOLDER"
-        )
+    local = {"local_files_only": local_files_only(name)}
     try:
-        kind = AutoConfig.from_pretrained(name).model_type
+        kind = AutoConfig.from_pretrained(name, **local).model_type
         if kind != "bert":
             raise BadInput(f"the text model {name} is of the kind {kind!r}; only BERT is supported")
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        bert, info = BertModel.from_pretrained(name, add_pooling_layer=False, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise BadInput(f"the text model {name} {fault} ({str(error).splitlines()[0]})") from error
+        tokenizer = AutoTokenizer.from_pretrained(name, **local)
+        bert, info = BertModel.from_pretrained(
+            name, add_pooling_layer=False, output_loading_info=True, attn_implementation="sdpa", **local
+        )
+    except BadInput:
+        raise
+    except Exception as error:  # the library has no one error for what it cannot read
+        said = (str(error).splitlines() or [repr(error)])[0]
+        raise BadInput(
+            f"the text model {name} is no BERT checkpoint with its tokenizer ({said}); save both in a folder "
+            "with save_pretrained, or --preset small needs no text model"
+        ) from error
     if info["missing_keys"]:
         raise BadInput(f"the text model {name} lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}")
+    if not all(torch.isfinite(weight).all() for weight in bert.parameters()):
+        raise BadInput(f"the text model {name} has weights that are not finite")
+    pieces, embeddings = len(tokenizer), bert.config.vocab_size
+    if tokenizer.pad_token_id is None or not embeddings / 2 <= pieces <= embeddings:
+        raise BadInput(
+            f"the text model {name} has {embeddings} word embeddings and its tokenizer {pieces} word pieces, "
+            "[PAD] among them or not: the two do not belong together"
+        )
     return bert, tokenizer
 
 
 def build_text(args, texts):
     """The text tower's parts -> (BertModel, tokenizer). A small one learns its vocabulary from texts."""
     if args.text_model != SMALL_BERT:
-        return load_text_model(args.text_model)
+        bert, tokenizer = load_text_model(args.text_model)
+        ids = tokenizer(texts[:: len(texts) // 200 + 1], add_special_tokens=False)["input_ids"]
+        ids = [each for text in ids for each in text]
+        if ids.count(tokenizer.unk_token_id) > len(ids) / 2:
+            raise BadInput(
+                f"the tokenizer of {args.text_model} knows less than half of the words of the texts"
+            )
+        return bert, tokenizer
     tokenizer = wrap_tokenizer(learn_tokenizer(texts).to_str())
     config = BertConfig(
         vocab_size=len(tokenizer),
@@ -287,6 +368,16 @@ def build_text(args, texts):
     return BertModel(config, add_pooling_layer=False), tokenizer
 
 
+def check_options(args):
+    """Refuses sizes, files of weights and a text model before any data is read."""
+    with torch.random.fork_rng(devices=[]):
+        swin = build_image_encoder(args)
+        if args.image_weights:
+            load_image_weights(swin, args.image_weights)
+        if args.text_model != SMALL_BERT and args.init is None and args.resume is None:
+            local_files_only(args.text_model)
+
+
 def load_image_weights(swin, file):
     """Puts pre-trained Swin weights from a .pt, .pth or .safetensors file into a SwinTransformer."""
     safetensors = file.endswith(".safetensors")
@@ -294,6 +385,8 @@ def load_image_weights(swin, file):
         weights = load_file(file) if safetensors else torch.load(file, map_location="cpu", weights_only=True)
         for key in ("model", "state_dict"):  # Microsoft's files, and others, wrap the weights
             weights = weights.get(key, weights)
+        if not all(torch.isfinite(value).all() for value in weights.values() if torch.is_tensor(value)):
+            raise ValueError("its weights are not finite")
         load_swin_weights(swin, weights)
     except ValueError as error:
         raise BadInput(f"--image-weights {file}: {error}") from error
@@ -319,12 +412,18 @@ def print_once(sentence):
 
 
 def join_processes(device):
-    """Under torchrun: the process group. Also beside GPUs, what lies on the CPU goes over gloo."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=PROCESS_TIMEOUT)
+    """Under torchrun: the process group. Also beside GPUs, what lies on the CPU goes over gloo.
+
+    Returns:
+        a group that waits for hours, for the others while the first validates; None of one process.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=STEP_TIMEOUT)
+    return dist.new_group(backend="gloo", timeout=VALIDATION_TIMEOUT)
 
 
 def from_all_ranks(value):
@@ -392,6 +491,21 @@ def pieces_of(batch, args):
     return [(kind, *piece) for kind, pieces in cut for piece in pieces]
 
 
+def removed_pairs(args, kind, image_labels, text_labels, text_ids):
+    """F: which pairs of a batch are no negatives -> (N, N) bool, or None for CLIP's loss.
+
+    Args:
+        kind: "report", whose labels fit by rule "equal", or "prompt", by rule "subset".
+        text_ids: (N,) int64, alike where the texts are: an equal text is never a negative (ours).
+    """
+    if args.label_mask == "none":
+        return None
+    removed = text_ids[:, None] == text_ids[None, :]
+    if args.label_mask in ("both", kind + "s"):
+        removed |= label_mask(image_labels, text_labels, {"report": "equal", "prompt": "subset"}[kind])
+    return removed
+
+
 def losses(args, batch, features, scale):
     """L(image, report) and L(image, label prompt) of a batch (REPRODUCE.md, the loss).
 
@@ -404,32 +518,46 @@ def losses(args, batch, features, scale):
     """
     counts = len(batch.rows), len(batch.report_rows), len(batch.prompt_labels)
     images, reports, distinct = features[: sum(counts)].split(counts)
-    # An unknown finding makes no negative for its prompt; rule "equal" and UniCL's loss have no third state.
-    possible = batch.present if args.positives or args.mask_rule == "equal" else ~batch.absent
-    pairs = {  # features of images and of their texts, and what the label mask compares
+    pairs = {  # features of images and of their texts, what the label mask compares, numbers of the texts
         "report": (
             images[batch.report_rows],  # (R, D)
             reports,  # (R, D)
             batch.report_labels,  # (R, C)
             batch.report_labels,
+            batch.report_ids,  # (R,)
         ),
         "prompt": (
             images[batch.prompt_rows],  # (Q, D)
             distinct[batch.prompt_index],  # (Q, D)
-            possible[batch.prompt_rows],  # (Q, C)
+            ~batch.absent[batch.prompt_rows],  # (Q, C): an unknown finding makes no negative for its prompt
             batch.prompt_labels[batch.prompt_index],  # (Q, C), one finding each
+            batch.prompt_labels[batch.prompt_index].int().argmax(1),  # (Q,)
         ),
     }
-    rules = {"report": args.mask_rule or "equal", "prompt": args.mask_rule or "subset"}
-    contrast = unicl_loss if args.positives else contrastive_loss
     found = {}
-    for name, tensors in pairs.items():
-        image_features, text_features, image_labels, text_labels = gather_rows(*tensors)
+    for kind, tensors in pairs.items():
+        image_features, text_features, image_labels, text_labels, text_ids = gather_rows(*tensors)
         if len(image_features):
-            same = label_mask(image_labels, text_labels, rules[name]) if args.label_mask else None
-            loss = contrast(image_features, text_features, scale, same)
-            found[name] = loss, None if args.positives else same, len(image_features)
+            removed = removed_pairs(args, kind, image_labels, text_labels, text_ids)
+            more = {}
+            if kind == "prompt":
+                more = without_finding(batch, images, text_labels)
+            loss = contrastive_loss(image_features, text_features, scale, removed, **more)
+            found[kind] = loss, removed, len(image_features)
     return found
+
+
+def without_finding(batch, images, text_labels):
+    """Images that have no prompt of their own because all that is known of them is absent.
+
+    Each is a negative of the prompts of what it is known not to have.
+
+    Returns:
+        contrastive_loss's more_images (E, D) and more_removed (E, N).
+    """
+    rows = (~batch.present.any(1) & batch.absent.any(1)).nonzero()[:, 0]
+    more_images, absent = gather_rows(images[rows], batch.absent[rows])
+    return {"more_images": more_images, "more_removed": absent.float() @ text_labels.float().T == 0}
 
 
 def backward(run, batch, model, seed):
@@ -455,7 +583,7 @@ def backward(run, batch, model, seed):
         features.register_hook(lambda gradient: gradient * processes())
     parts = losses(run.args, batch, features, scale)
     weight = {"report": 1.0, "prompt": run.args.prompt_weight}
-    loss = sum(weight[name] * part for name, (part, _, _) in parts.items())
+    loss = 0 * scale + sum(weight[name] * part for name, (part, _, _) in parts.items())  # if there is no part
     loss.backward()
     return loss.detach(), parts
 
@@ -484,58 +612,74 @@ def training_step(run, batch, model, optimizer, lr, seed):
 # ---------------------------------------------------------------------------------------- records and batches
 
 
-def load_split(args, split):
-    """Records of a split without the patients who are held out; says how many images that costs."""
-    records = data.load_records(args.data, split, args.limit, views=args.views, uncertain=args.uncertain)
-    data.check_images(records, args.image_size)
-    if args.findings:
-        missing = set(args.findings) - set(data.vocabulary(records))
-        if split == "train" and missing:
-            raise BadInput(f"--findings {', '.join(sorted(missing))}: no training record has it")
-        records = data.restricted(records, frozenset(args.findings))
+def load_splits(args):
+    """The records to train on and to validate, without the patients who are held out -> two lists."""
+    names = data.SPLITS if args.hold_out else data.SPLITS[:2]
+    read = {split: data.read_records(args.data, split) for split in names}
+    listed = []
     if args.hold_out:
-        listed = data.listed_records(args.data, [id for file in args.hold_out for id in data.read_ids(file)])
+        everything = [record for found in read.values() for each in found.values() for record in each]
+        ids = list(dict.fromkeys(id for file in args.hold_out for id in data.read_ids(file)))
+        listed = data.pick_listed(everything, ids, " and ".join(args.data))
+    splits = []
+    for split in data.SPLITS[:2]:
+        records = data.usable(read[split], split, args.limit, views=args.views, uncertain=args.uncertain)
+        data.check_images(records, args.image_size)
+        if args.findings:
+            missing = set(args.findings) - set(data.vocabulary(records))
+            if split == "train" and missing:
+                raise BadInput(f"--findings {', '.join(sorted(missing))}: no training record has it")
+            records = data.restricted(records, frozenset(args.findings))
         kept = data.hold_out(records, listed)
-        print_once(
-            f"{split}: {len(records) - len(kept):,} of {len(records):,} images are of held-out patients"
-        )
-        records = kept
-    return records
+        if listed:
+            lost = len(records) - len(kept)
+            print_once(f"{split}: held-out patients have {lost:,} of {len(records):,} images")
+        splits.append(kept)
+    return splits
 
 
-def mislabelled(records, noise, drop, seed):
-    """Records with the faults of a bad labeler, drawn by the seed: a share of the labelled ones gets the
-    labels of another one, which may be the same; then a share of the findings is said to be absent, and a
-    record that has none left to be normal, where the data have such a label."""
-    normal = frozenset({data.NO_FINDING}) & frozenset(data.vocabulary(records))
+def mislabelled(records, noise, seed):
+    """Records of which a share of the labelled ones, drawn by the seed, gets the labels of another one."""
     rng = np.random.default_rng(seed_for(seed, "labels"))
     labelled = [record for record in records if record.findings]
-    labels = [(record.findings, record.absent) for record in labelled]
-    wrong, other = rng.random(len(labels)) < noise, rng.integers(len(labels), size=len(labels))
-    faulty = {}
-    for i, record in enumerate(labelled):
-        present, absent = labels[other[i] if wrong[i] else i]
-        dropped = {name for name in sorted(present - {data.NO_FINDING}) if rng.random() < drop}
-        present = present - dropped or normal
-        faulty[record] = replace(record, findings=present, absent=(absent | dropped) - present)
-    return [faulty.get(record, record) for record in records]
-
-
-def training_records(args):
-    """The records that the chosen losses can use."""
-    records = load_split(args, "train")
-    chance = np.random.default_rng(seed_for(args.seed, "label records")).random(len(records))
-    records = [
-        r for r, u in zip(records, chance, strict=True) if r.report is not None or u < args.label_records
+    wrong, other = rng.random(len(labelled)) < noise, rng.integers(len(labelled), size=len(labelled))
+    given = {
+        record: labelled[j] if swap else record
+        for record, swap, j in zip(labelled, wrong, other, strict=True)
+    }
+    return [
+        replace(record, findings=given[record].findings, absent=given[record].absent)
+        if record in given
+        else record
+        for record in records
     ]
-    if args.label_noise or args.label_drop:
-        records = mislabelled(records, args.label_noise, args.label_drop, args.seed)
+
+
+def training_records(args, records):
+    """Those of the records that the chosen losses can use; says how many they cannot.
+
+    Raises:
+        BadInput: none is left, or nothing in them can be told apart.
+    """
+    if args.label_noise:
+        records = mislabelled(records, args.label_noise, args.seed)
     if not args.image_text:
         records = [replace(record, report=None) for record in records]
-    records = [r for r in records if r.report is not None or (args.image_label and r.findings)]
-    if not records:
+    present, absent = data.label_matrices(records, data.vocabulary(records))
+    known = (present | absent).any(1).tolist() if args.image_label else [False] * len(records)
+    kept = [r for r, labelled in zip(records, known, strict=True) if r.report is not None or labelled]
+    if not kept:
         raise BadInput("no training record is left: these data have no report or label that this run uses")
-    return records
+    if len(kept) < len(records):
+        print_once(
+            f"{len(records) - len(kept):,} of {len(records):,} images left out: without a report or label"
+        )
+    if all(r.report is None for r in kept) and not (present.any(0) & absent.any(0)).any():
+        raise BadInput(
+            "there is nothing to learn: no training image has a report, and no finding is present in one image "
+            "and absent in another"
+        )
+    return kept
 
 
 def seed_for(*key):
@@ -602,16 +746,26 @@ def training_loader(run, records, done):
 
 
 def new_run(args, records):
-    """An untrained model for these records, on its device -> Run."""
+    """An untrained model for these records, or with --init a trained one, on its device -> Run."""
     findings = data.vocabulary(records)
-    texts = [record.report for record in records if record.report is not None]
-    texts += [text for each in prompts.prompt_set(findings, "ensemble").values() for text in each]
-    if args.template not in prompts.TEMPLATES:
-        texts += [prompts.label_prompt(finding, args.template) for finding in findings]
-    bert, tokenizer = build_text(args, texts)
-    model = build_model(args, bert)
-    if args.image_weights:
-        load_image_weights(model.image_encoder, args.image_weights)
+    # Without label prompts nothing trains the vectors, and random ones would only disturb zero-shot.
+    trained = args.continuous_prompt and args.image_label and args.prompt_weight > 0 and findings
+    length = args.prompt_length if trained else 0
+    if args.init is not None:
+        model, tokenizer, _, _ = load_run(args.init)
+        if length == 0:
+            model.prompt = None
+        elif model.prompt is None:
+            model.prompt = prompts.ContinuousPrompt(length, model.text_encoder.num_features)
+    else:
+        texts = [record.report for record in records if record.report is not None]
+        texts += [text for each in prompts.prompt_set(findings, "ensemble").values() for text in each]
+        if args.template not in prompts.TEMPLATES:
+            texts += [prompts.label_prompt(finding, args.template) for finding in findings]
+        bert, tokenizer = build_text(args, texts)
+        model = build_model(args, bert, length)
+        if args.image_weights:
+            load_image_weights(model.image_encoder, args.image_weights)
     return Run(model.to(args.device), tokenizer, findings, args)
 
 
@@ -631,22 +785,33 @@ class Progress:
     seconds: float = 0.0
     skipped: int = 0  # steps left out because loss or gradient was not finite
     skipped_in_a_row: int = 0
-    records: int = 0
+    idle_in_a_row: int = 0  # steps whose loss and gradient were exactly 0
+    records: str = ""  # SHA-256 of what was trained on, in order
     log_size: int = 0  # bytes of log.jsonl
 
     def count(self, recent):
-        """Takes in and clears the steps since the last call, (loss, gradient norm, left out) each.
+        """Takes in and clears the steps since the last call: (3,) each of loss, gradient norm, left out.
 
         Returns:
             the most steps left out one after the other.
         """
         longest = 0
-        for _, _, skipped in torch.stack(recent).tolist() if recent else ():
+        for loss, norm, skipped in torch.stack(recent).tolist() if recent else ():
             self.skipped += int(skipped)
             self.skipped_in_a_row = (self.skipped_in_a_row + 1) * int(skipped)
+            self.idle_in_a_row = (self.idle_in_a_row + 1) * (loss == norm == 0)
             longest = max(longest, self.skipped_in_a_row)
         recent.clear()
         return longest
+
+
+def records_sha256(records):
+    """Of all that is known of the records and of the sizes of their images, in order -> str."""
+    digest = hashlib.sha256()
+    for r in records:
+        image = r.image.tobytes() if isinstance(r.image, np.ndarray) else str(r.image.stat().st_size).encode()
+        digest.update(image + repr((r.id, r.report, sorted(r.findings), sorted(r.absent))).encode())
+    return digest.hexdigest()
 
 
 def begin(args, records):
@@ -655,20 +820,21 @@ def begin(args, records):
     run = run_from_checkpoint(state, args.device)._replace(args=args) if state else new_run(args, records)
     groups = parameter_groups(run.model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=run.device.type != "mps")
-    progress = Progress(records=len(records))
+    progress = Progress(records=records_sha256(records))
     if state:
         if "optimizer" not in state:
             raise BadInput(f"{args.resume}/last.pt holds a model alone, so its run cannot go on")
-        progress = Progress(**state["progress"])
-        if run.findings != data.vocabulary(records) or progress.records != len(records):
+        saved = Progress(**state["progress"])
+        if saved.records != progress.records:
             raise BadInput(f"the data have changed since {args.resume} was begun; it cannot go on with them")
         optimizer.load_state_dict(state["optimizer"])
+        progress = saved
     return run, optimizer, progress
 
 
 @contextlib.contextmanager
 def signals_noted():
-    """Notes Ctrl-C and SIGTERM in a list, to be answered between two steps; a second Ctrl-C acts at once."""
+    """Notes STOP_SIGNALS in a list, to be answered between two steps; a second Ctrl-C acts at once."""
     noted = []
 
     def note(number, _frame):
@@ -676,7 +842,7 @@ def signals_noted():
             raise KeyboardInterrupt
         noted.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
     try:
         yield noted
     finally:
@@ -685,28 +851,28 @@ def signals_noted():
 
 
 class Log:
-    """RUN/log.jsonl, and its numbers as TensorBoard events where tensorboard is installed."""
+    """RUN/log.jsonl, locked for as long as it is open: one process trains in a folder."""
 
-    def __init__(self, out, step, size):
+    def __init__(self, out, size):
         """Goes on behind the first `size` bytes: what a broken run wrote after its last save is dropped."""
+        Path(out).mkdir(parents=True, exist_ok=True)
         self.file = open(Path(out, "log.jsonl"), "a")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BadInput(
+                f"another process is training in {out}; wait for it, or give another --out"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
         self.file.truncate(min(size, self.file.tell()))
         self.file.seek(0, os.SEEK_END)
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.events = SummaryWriter(out, purge_step=step + 1)
-        except ImportError:
-            self.events = None
 
     def write(self, line):
         """One object; JSON has no word for what is not finite."""
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
-        for name, value in line.items():
-            if self.events and isinstance(value, int | float):
-                self.events.add_scalar(name, value, line["step"])
 
     def size(self):
         """Bytes, all of them put on the disk."""
@@ -736,9 +902,7 @@ def measures(run, loss, norm, parts):
 def print_sizes(run, records, valid):
     """What there is to learn from and what learns."""
     reports, labelled = sum(r.report is not None for r in records), sum(bool(r.findings) for r in records)
-    print_once(
-        f"{len(records):,} images to train on, {reports:,} with a report and {labelled:,} with a label"
-    )
+    print_once(f"{len(records):,} training images, {reports:,} with a report and {labelled:,} with a finding")
     print_once(f"{len(valid):,} to validate, {len(run.findings)} findings")
     for name, part in run.model.named_children():
         print_once(f"{name}: {sum(p.numel() for p in part.parameters()):,} parameters")
@@ -770,10 +934,13 @@ def train(args):
         exit status: 130 where Ctrl-C ended it, 143 where SIGTERM did.
     """
     torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
     device = resolve_machine(args)
-    join_processes(device)
-    print_once(json.dumps({**vars(args), "processes": processes(), "torch": torch.__version__}))
-    records, valid = training_records(args), load_split(args, "valid")
+    patient = join_processes(device)
+    check_options(args)
+    print_options(args)
+    records, valid = load_splits(args)
+    records = training_records(args, records)
     run, optimizer, progress = begin(args, records)
     print_sizes(run, records, valid)
     model = run.model.train()
@@ -785,9 +952,9 @@ def train(args):
     loader = training_loader(run, records, progress.step)
 
     first = rank() == 0  # the process that writes
+    log = Log(args.out, progress.log_size) if first else None
     if first:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-    log = Log(args.out, progress.step, progress.log_size) if first else None
+        write_config(args)
     bar = tqdm(total=steps, initial=progress.step, unit="step", mininterval=1, disable=not first)
     started, stop, recent = time.time() - progress.seconds, 0, []
     with signals_noted() as noted, contextlib.closing(log) if first else contextlib.nullcontext(), bar:
@@ -821,20 +988,22 @@ def train(args):
                 line |= measures(run, loss, norm, parts) | {"skipped": progress.skipped}
                 log.write(line)
                 bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
-                refuse_divergence(longest, step, args.out)
+                refuse_to_go_on(progress, longest, args.out)
                 since, steps_since = now, 0
             if first and save_now:
                 save(args.out, run, optimizer, progress, log, started)
             if first and epoch_ends:
                 bar.write(validate(args.out, run, valid, progress, log))
                 since, steps_since = time.time(), 0
+            if epoch_ends and patient:
+                dist.barrier(patient)
         if first and stop and progress.step % per_epoch:  # at an epoch's end it is saved already
             progress.count(recent)
             save(args.out, run, optimizer, progress, log, started)
 
     if stop:
-        name = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}[stop]
-        print_once(f"stopped by {name} after {progress.step} of {steps} steps; --resume {args.out} goes on")
+        where = f"after {progress.step} of {steps} steps"
+        print_once(f"stopped by {STOP_SIGNALS[stop]} {where}; --resume {args.out} goes on from there")
     else:
         minutes = (time.time() - started) / 60
         print_once(f"{minutes:.1f} minutes; the best epoch is in {Path(args.out, 'best.pt')}")
@@ -843,12 +1012,26 @@ def train(args):
     return 128 + stop if stop else 0
 
 
-def refuse_divergence(longest, step, out):
+def refuse_to_go_on(progress, longest, out):
+    """Ends a run that learns nothing any more."""
     if longest >= MAX_SKIPPED:
         raise BadInput(
-            f"loss or gradient was not finite in {longest} steps one after the other, up to step {step}; "
-            f"{Path(out, 'last.pt')} is as it was saved before; try a lower --lr, or --precision fp32"
+            f"loss or gradient was not finite in {longest} steps one after the other, up to step "
+            f"{progress.step}; {Path(out, 'last.pt')} is as it was saved before; try a lower --lr, or "
+            "--precision fp32"
         )
+    if progress.idle_in_a_row >= MAX_IDLE:
+        raise BadInput(
+            f"loss and gradient were exactly 0 in the last {progress.idle_in_a_row} steps: no image has a "
+            "negative, so nothing is learned; `python data.py summary` shows the labels"
+        )
+
+
+def write_config(args):
+    """All options, versions and processes into RUN/config.json."""
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    config = {**vars(args), **versions, "processes": processes()}
+    Path(args.out, "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def main(argv=None):

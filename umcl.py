@@ -63,13 +63,17 @@ def label_mask(image_labels, text_labels, rule):
     return fits & image_labels.any(1)[:, None] & text_labels.any(1)[None, :]
 
 
-def contrastive_loss(image_features, text_features, logit_scale, false_negatives=None):
+def contrastive_loss(
+    image_features, text_features, logit_scale, false_negatives=None, *, more_images=None, more_removed=None
+):
     """L = ½ (L_i→t + L_t→i), without the pairs that the labels call false negatives (REPRODUCE.md, the loss).
 
     Args:
         image_features, text_features: (N, D) float, unit length; row i of one belongs to row i of the other.
         logit_scale: () float, multiplies the cosine.
         false_negatives: (N, N) bool, True removes the pair; None is CLIP's loss. The diagonal always counts.
+        more_images: (E, D) float, images without a text of their own: negatives of the N texts, but for the
+            pairs that more_removed, (E, N) bool, takes out (ours).
 
     Returns:
         () float in nats, mean of image-to-text and text-to-image.
@@ -90,23 +94,13 @@ def contrastive_loss(image_features, text_features, logit_scale, false_negatives
     if false_negatives is not None:
         own = torch.eye(n, dtype=torch.bool, device=logits.device)
         logits = logits.masked_fill(false_negatives & ~own, -math.inf)
+    columns = logits
+    if more_images is not None:
+        more = logit_scale * more_images @ text_features.T
+        columns = torch.cat([logits, more.masked_fill(more_removed, -math.inf)])  # (N + E, N)
     target = torch.arange(n, device=logits.device)
     loss_i2t = F.cross_entropy(logits, target)
-    loss_t2i = F.cross_entropy(logits.T, target)
-    return (loss_i2t + loss_t2i) / 2
-
-
-def unicl_loss(image_features, text_features, logit_scale, positives):
-    """UniCL's loss (arXiv 2204.03610), to compare: what the mask would remove is attracted instead.
-
-    Args: as for contrastive_loss; positives: (N, N) bool, pairs that share the softmax's target in equal
-        parts; all others are negatives. The diagonal always counts.
-    """
-    own = torch.eye(len(positives), dtype=torch.bool, device=positives.device)
-    logits = logit_scale * image_features @ text_features.T
-    target = (positives | own).to(logits.dtype)
-    loss_i2t = F.cross_entropy(logits, target / target.sum(1, keepdim=True))
-    loss_t2i = F.cross_entropy(logits.T, target.T / target.sum(0)[:, None])
+    loss_t2i = F.cross_entropy(columns.T, target)
     return (loss_i2t + loss_t2i) / 2
 
 
