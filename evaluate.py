@@ -1338,7 +1338,7 @@ def records_sha256(records):
     lines = [
         "\t".join([r.source, r.id or r.patient, *sorted(r.findings), "-", *sorted(r.absent)]) for r in records
     ]
-    return data.ids_sha256(sorted(lines)), ids_sha256(sorted(r.report or "" for r in records))
+    return data.ids_sha256(sorted(lines)), data.ids_sha256(sorted(r.report or "" for r in records))
 
 
 def commit():

@@ -247,8 +247,8 @@ def run_folder(parser, args):
         if apart or value == parser.get_default(name):
             continue
         flag = name.replace("_", "-")
-        text = {True: flag, False: f"no-{flag}"}.get(value) if isinstance(value, bool) else f"{flag}-{value}"
-        text = re.sub(r"[^\s,'\[\]]*/(?=[^/])", "", text)  # of a path its last part
+        value = re.sub(r"[^\s,'\[\]]*/(?=[^/])", "", str(value))  # of a path its last part
+        text = {"True": flag, "False": f"no-{flag}"}.get(value, f"{flag}-{value}")
         parts.append(re.sub(r"[^\w.]+", "-", text).strip("-"))
     folder = Path("runs", "-".join(parts)[:200])  # file systems take names of up to 255 bytes
     folders = [folder, *(Path(f"{folder}-{n}") for n in range(2, 1000))]
@@ -304,7 +304,7 @@ def local_files_only(name):
             socket.create_connection((host.hostname, host.port or 443), timeout=3).close()
     except OSError as error:
         raise BadInput(
-            f"the text model {name} is no folder and not in the cache, and {host.hostname} cannot be reached: "
+            f"the text model {name} is no folder, nor in the cache, and {host.hostname} cannot be reached: "
             f"`hf download {name} --local-dir FOLDER` where there is a connection, then --text-model FOLDER; "
             "or --preset small, which needs none"
         ) from error
@@ -445,7 +445,8 @@ def gather_rows(*tensors):
         return tensors
     whole = []
     for own in tensors:
-        padded = torch.nn.functional.pad(own.detach(), (0, 0, 0, max(counts) - len(own)))
+        padded = own.new_zeros(max(counts), *own.shape[1:])
+        padded[: len(own)] = own.detach()
         parts = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(parts, padded)
         parts = [part[:count] for part, count in zip(parts, counts, strict=True)]
@@ -676,8 +677,8 @@ def training_records(args, records):
         )
     if all(r.report is None for r in kept) and not (present.any(0) & absent.any(0)).any():
         raise BadInput(
-            "there is nothing to learn: no training image has a report, and no finding is present in one image "
-            "and absent in another"
+            "there is nothing to learn: no training image has a report, and no finding is present in one "
+            "image and absent in another"
         )
     return kept
 
@@ -781,6 +782,7 @@ class Progress:
 
     step: int = 0
     epoch: int = 0
+    validated: int = 0  # the last epoch that was scored on the validation split
     best: float = -1.0  # the highest sum of validation scores
     seconds: float = 0.0
     skipped: int = 0  # steps left out because loss or gradient was not finite
@@ -920,6 +922,7 @@ def validate(out, run, valid, progress, log):
     run.model.train()
     where = {"step": progress.step, "epoch": progress.epoch}
     log.write(where | scores)
+    progress.validated = progress.epoch
     if sum(scores.values()) >= progress.best:
         progress.best = sum(scores.values())
         save_checkpoint(Path(out, "best.pt"), run, where | scores)
@@ -948,6 +951,9 @@ def train(args):
         model = DistributedDataParallel(model)
     per_epoch = steps_per_epoch(args, records)
     steps = args.epochs * per_epoch
+    if progress.step == steps and progress.validated == args.epochs:
+        print_once(f"{args.out} is finished; --init {args.out} starts another run from its weights")
+        return 0
     warmup = math.ceil(args.warmup * steps)
     loader = training_loader(run, records, progress.step)
 
@@ -960,7 +966,7 @@ def train(args):
     with signals_noted() as noted, contextlib.closing(log) if first else contextlib.nullcontext(), bar:
         if first and progress.step == 0:
             save(args.out, run, optimizer, progress, log, started)  # a full disk shows before the first step
-        elif first and progress.step % per_epoch == 0:
+        elif first and progress.step % per_epoch == 0 and progress.validated < progress.epoch:
             bar.write(validate(args.out, run, valid, progress, log))
         since, steps_since = time.time(), 0
         for step, batch in enumerate(data.readable(loader), progress.step + 1):
@@ -997,7 +1003,7 @@ def train(args):
                 since, steps_since = time.time(), 0
             if epoch_ends and patient:
                 dist.barrier(patient)
-        if first and stop and progress.step % per_epoch:  # at an epoch's end it is saved already
+        if first:
             progress.count(recent)
             save(args.out, run, optimizer, progress, log, started)
 

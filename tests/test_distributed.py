@@ -26,7 +26,7 @@ import umcl
 FINDINGS = ({"Edema"}, {"Effusion"}, {"Edema", "Effusion"}, {"No Finding"})
 LABELS_ONLY, REPORTS_ONLY, BOTH = range(0, 8), range(8, 16), range(16, 24)
 
-# name: (the records of each process, one after the other; --micro-batch-size); "positives" is the flag, too
+# name: (the records of each process, one after the other; --micro-batch-size); "identical" is the mask, too
 CASES = {
     "even": ([[0, 8, 16, 17], [1, 9, 18, 19], [2, 10, 20, 21]], None),
     "uneven": ([[0, 8, 16, 17, 3], [1, 9, 18, 19], [2, 10, 20]], None),
@@ -40,8 +40,9 @@ CASES = {
     "only the last with anything": ([[], [], [0, 8, 16, 17, 18]], 3),
     "no report at all": ([[0, 1], [2, 3, 4], [5]], None),
     "no prompt at all": ([[8, 9], [10, 11], [12, 13]], None),
-    "positives": ([[0, 8, 16, 17, 3], [1, 9, 18, 19], [2, 10, 20]], None),
-    "positives, micro-batches": ([[0, 8, 16, 17], [], [1, 9, 18]], 2),
+    "identical": ([[0, 8, 16, 17, 3], [1, 9, 18, 19], [2, 10, 20]], None),
+    "absent alone": ([[24, 0, 8, 16], [25, 17], [1, 26, 27]], None),
+    "absent alone, micro-batches": ([[24, 0, 8, 16], [], [1, 26, 27]], 2),
 }
 
 
@@ -52,6 +53,9 @@ def records():
         report = None if i in LABELS_ONLY else f"Report {i} of a heart and {i % 5} lungs."
         findings = frozenset() if i in REPORTS_ONLY else frozenset(FINDINGS[i % 4])
         found.append(data.Record(image, report, findings, str(i), "made"))
+    for i in range(24, 28):  # without Edema, and with nothing else that is known
+        absent = {"absent": frozenset({"Edema"})}
+        found.append(data.Record(found[i - 24].image, None, frozenset(), str(i), "made", **absent))
     return found
 
 
@@ -98,7 +102,7 @@ def compute(rank, world, port, path):
         for name, (shares, micro) in CASES.items():
             shares = [shares, [shares[0], shares[1] + shares[2]], [sum(shares, [])]][3 - world]
             run.args.micro_batch_size = micro if world > 1 else None
-            run.args.positives = name.startswith("positives")
+            run.args.label_mask = "identical" if name == "identical" else "both"
             loss, parts = train.backward(run, batch_of(shares[rank]), model, seed=5)
             results[name, dtype] = gradients(run, loss)
             results[name, "removed"] = [int(mask.sum()) for _, mask, _ in parts.values() if mask is not None]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from umcl import UMCL, contrastive_loss, label_mask, unicl_loss
+from umcl import UMCL, contrastive_loss, label_mask
 
 SCALE = torch.tensor(5.0, dtype=torch.float64)
 EXACT = dict(rtol=0, atol=1e-12)  # float64 rounds at 1e-16, and these sums have some hundred terms of size 1
@@ -128,25 +128,6 @@ def test_removing_pairs_never_raises_the_loss():
     assert losses == sorted(losses, reverse=True) and losses[0] > losses[-1]
 
 
-def test_unicl_loss_equals_the_double_loop():
-    images, texts, positives = random_batch(6)
-    positives.fill_diagonal_(True)
-    total = 0
-    for i in range(6):
-        for queries, keys, own in (images, texts, positives[i]), (texts, images, positives[:, i]):
-            among = torch.log_softmax(SCALE * keys @ queries[i], 0)
-            total = total - sum(among[j] for j in range(6) if own[j]) / own.sum()
-    torch.testing.assert_close(unicl_loss(images, texts, SCALE, positives), total / 12, **EXACT)
-
-
-def test_unicl_without_same_labels_is_the_clip_loss():
-    images, texts, _ = random_batch(6)
-    none = torch.zeros(6, 6, dtype=torch.bool)
-    torch.testing.assert_close(
-        unicl_loss(images, texts, SCALE, none), contrastive_loss(images, texts, SCALE), **EXACT
-    )
-
-
 @pytest.mark.parametrize(
     "images, texts, removed",
     [
@@ -232,3 +213,24 @@ def test_logit_scale_never_exceeds_a_hundred():
     model = model_without_towers()
     model.log_scale.data.fill_(50.0)
     assert model.logit_scale() == 100
+
+
+def test_images_without_a_text_are_negatives_of_the_texts_alone():
+    images, texts, removed = random_batch(6)
+    more, more_removed = random_batch(4, seed=1)[0], torch.rand(4, 6, generator=torch.Generator()) > 0.5
+    total = 0
+    for i in range(6):
+        row = [SCALE * images[i] @ texts[j] for j in range(6) if j == i or not removed[i, j]]
+        column = [SCALE * images[j] @ texts[i] for j in range(6) if j == i or not removed[j, i]]
+        column += [SCALE * more[j] @ texts[i] for j in range(4) if not more_removed[j, i]]
+        own = SCALE * images[i] @ texts[i]
+        total += torch.stack(row).logsumexp(0) + torch.stack(column).logsumexp(0) - 2 * own
+    loss = contrastive_loss(images, texts, SCALE, removed, more_images=more, more_removed=more_removed)
+    torch.testing.assert_close(loss, total / 12, **EXACT)
+
+
+def test_no_further_image_changes_nothing():
+    images, texts, removed = random_batch(6)
+    none = {"more_images": images[:0], "more_removed": removed[:0]}
+    alone = contrastive_loss(images, texts, SCALE, removed)
+    assert torch.equal(contrastive_loss(images, texts, SCALE, removed, **none), alone)

@@ -1,5 +1,6 @@
 """A run that was stopped, or broke, ends where the unbroken one does, and its files survive."""
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -143,19 +144,58 @@ def test_a_folder_without_a_run_cannot_be_resumed(tmp_path, capsys):
     assert train.main(["--resume", str(tmp_path)]) == 2 and str(tmp_path) in refusal(capsys)
 
 
-def test_other_data_are_refused(flags, cases, tmp_path, capsys):
+@pytest.mark.parametrize("change", ["a row less", "rows reversed", "labels", "a report", "an image"])
+def test_other_data_are_refused(flags, tmp_path, capsys, change):
     train.main([*flags, "--out", str(tmp_path / "run")])
     table = tmp_path / "cases" / "splitted_dataset" / "descriptions_train.jsonl"
-    table.write_text("\n".join(table.read_text().splitlines()[:-1]))
+    rows = table.read_text().splitlines()
+    if change == "an image":
+        image = tmp_path / "cases" / "images" / "train0.png"
+        image.write_bytes(image.read_bytes() + b"0")
+    table.write_text(
+        {
+            "a row less": "\n".join(rows[:-1]),
+            "rows reversed": "\n".join(rows[::-1]),
+            "labels": table.read_text().replace('"Head"', '"Other"'),
+            "a report": table.read_text().replace("Image 5", "Image 55"),
+            "an image": table.read_text(),
+        }[change]
+    )
     assert train.main(["--resume", str(tmp_path / "run")]) == 2 and "data have changed" in refusal(capsys)
 
 
-def test_lines_after_the_checkpoint_are_not_there_twice(flags, tmp_path):
+def test_a_folder_in_which_a_run_is_going_on_is_locked(flags, stop_at, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert stop_at(2, signal.SIGTERM, *flags, "--out", run) == 143
+    before = (run / "last.pt").read_bytes()
+    with open(run / "log.jsonl", "a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert train.main(["--resume", str(run)]) == 2 and "another process" in refusal(capsys)
+    assert (run / "last.pt").read_bytes() == before
+
+
+def test_a_resumed_run_records_the_commits_of_both_programs(flags, stop_at, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "commit", lambda: "one")
+    assert stop_at(1, signal.SIGTERM, *flags, "--out", tmp_path / "run") == 143
+    monkeypatch.setattr(evaluate, "commit", lambda: "two")
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
+    assert "one then two" in capsys.readouterr().out
+    assert evaluate.load_run(tmp_path / "run").args.commit == "one then two"
+
+
+def test_a_finished_run_that_is_resumed_says_so(flags, tmp_path, monkeypatch, capsys):
+    train.main([*flags, "--out", str(tmp_path / "run")])
+    monkeypatch.setattr(evaluate, "quick_scores", lambda *_: pytest.fail("it is validated again"))
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_lines_after_the_checkpoint_are_not_there_twice(flags, stop_at, tmp_path):
     run, whole = tmp_path / "run", tmp_path / "whole"
     train.main([*flags, "--out", str(whole)])
-    shutil.copytree(whole, run)
+    assert stop_at(4, signal.SIGTERM, *flags, "--out", run) == 143
     with open(run / "log.jsonl", "a") as log:
-        log.write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')
+        log.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
     assert train.main(["--resume", str(run)]) == 0 and same(run, whole)
 
 
@@ -205,12 +245,12 @@ def test_a_run_survives_being_killed_fifty_times(flags, tmp_path):
     assert train.main(["--resume", str(run)]) == 0 and same(tmp_path / "whole", run)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_answered_with_one_sentence_and_a_state_to_go_on_from(
     flags, stop_at, tmp_path, capsys, number
 ):
     assert stop_at(2, number, *flags, "--out", tmp_path / "run") == 128 + number
-    printed, name = capsys.readouterr(), {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}[number]
+    printed, name = capsys.readouterr(), train.STOP_SIGNALS[number]
     assert printed.out.splitlines()[-1].startswith(f"stopped by {name} after 2 of 6 steps")
     assert "Traceback" not in printed.err
     assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
@@ -260,7 +300,7 @@ def test_a_full_disk_ends_with_one_sentence_and_the_checkpoint_before(
     assert train.main([*flags, "--out", str(run)]) == 2
     sentence = refusal(capsys)
     assert str(run / "last.pt") in sentence and "disk" in sentence
-    assert sorted(path.name for path in run.iterdir()) == ["best.pt", "last.pt", "log.jsonl"]
+    assert sorted(path.name for path in run.iterdir()) == ["best.pt", "config.json", "last.pt", "log.jsonl"]
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     monkeypatch.undo()
@@ -394,19 +434,14 @@ def test_without_a_mask_every_other_row_is_a_negative(flags, tmp_path):
     assert {(line["least_negatives_prompt"], line["mean_negatives_prompt"]) for line in lines} == {(7, 7)}
 
 
-def test_tensorboard_gets_the_numbers_of_the_log_where_it_is_installed(flags, tmp_path, monkeypatch):
-    events = []
+def test_each_line_of_the_log_is_on_the_disk_at_once(flags, tmp_path, monkeypatch):
+    seen, training_step = [], train.training_step
 
-    class SummaryWriter:
-        def __init__(self, folder, purge_step):
-            events.append((str(folder), purge_step))
+    def counting(*inputs):
+        log = tmp_path / "run" / "log.jsonl"
+        seen.append(len(log.read_text().splitlines()))
+        return training_step(*inputs)
 
-        def add_scalar(self, *event):
-            events.append(event)
-
-    module = types.SimpleNamespace(SummaryWriter=SummaryWriter)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0
-    assert events[0] == (str(tmp_path / "run"), 1)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert events[1:] == [(name, value, line["step"]) for line in lines for name, value in line.items()]
+    monkeypatch.setattr(train, "training_step", counting)
+    assert train.main([*flags, "--epochs", "1", "--out", str(tmp_path / "run")]) == 0
+    assert seen == [0, 1, 2]

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -38,7 +39,12 @@ def steps(monkeypatch):
 @pytest.fixture
 def model(options):
     bert = BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
-    return lambda *flags: train.build_model(options(*flags), bert)
+
+    def build(*flags):
+        args = options(*flags)
+        return evaluate.build_model(args, bert, args.prompt_length)
+
+    return build
 
 
 def log(folder):
@@ -70,6 +76,9 @@ def refusal(capsys):
     [
         ([], "umcl"),
         (["--no-continuous-prompt"], "umcl-no-continuous-prompt"),
+        (["--no-label-mask"], "umcl-label-mask-none"),
+        (["--data", "csv=/some/where/a.csv", "--text-model", "/some/where/bert"], "umcl-csv-text-model-bert"),
+        (["--template", "x" * 300 + " {}"], "umcl-template-" + "x" * 186),
         (["--prompt-length", "16"], "umcl-prompt-length-16"),
         (["--no-image-text", "--seed", "3"], "umcl-seed-3-no-image-text"),
         (["--horizontal-flip"], "umcl-horizontal-flip"),
@@ -93,11 +102,22 @@ def test_a_second_run_of_the_same_name_gets_a_number(tmp_path, monkeypatch):
     assert [Path(name).name for name in names] == ["umcl", "umcl-2", "umcl-3"]
 
 
-def test_a_run_that_is_there_is_not_written_over(pretrain, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["last.pt", "best.pt", "log.jsonl"])
+def test_a_run_that_is_there_is_not_written_over(pretrain, tmp_path, capsys, name):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "last.pt").write_text("precious")
+    (tmp_path / "run" / name).write_text("precious")
     assert pretrain() == 2 and "--out" in refusal(capsys)
-    assert [p.name for p in (tmp_path / "run").iterdir()] == ["last.pt"]
+    assert [(p.name, p.read_text()) for p in (tmp_path / "run").iterdir()] == [(name, "precious")]
+
+
+def test_options_that_differ_are_printed_first_and_all_of_them_kept(pretrain, tmp_path, capsys):
+    assert pretrain("--precision", "auto", "--device", "auto", "--prompt-length", 5) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ["prompt-length", "5"] for line in printed[:12])
+    assert not any(line.strip().startswith("template") for line in printed)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["template"] == "caption" and config["torch"] == torch.__version__
+    assert "auto" not in (config["precision"], config["device"])
 
 
 @pytest.mark.parametrize("flag", ["--no-label", "--prompt-len=8", "--epoch=1"])
@@ -115,12 +135,6 @@ def test_real_data_get_the_towers_of_the_paper(data_sets, text_model):
 
 def test_a_flag_wins_over_the_preset():
     assert train.parse_args(["--preset", "paper", "--image-size", "448"]).image_size == 448
-
-
-def test_the_resolved_options_are_printed_first(pretrain, capsys):
-    pretrain("--precision", "auto", "--device", "auto", "--image-size", 18)  # refused a moment later
-    printed = json.loads(capsys.readouterr().out.splitlines()[0])
-    assert printed["prompt_length"] == 4 and "auto" not in (printed["precision"], printed["device"])
 
 
 # ------------------------------------------------------------------------------------- schedule and decay
@@ -192,9 +206,13 @@ def test_prompt_length_is_the_number_of_vectors(model, length):
     assert model("--prompt-length", length).prompt.context.shape == (length, 16)
 
 
-@pytest.mark.parametrize("flags", [["--no-continuous-prompt"], ["--prompt-length", 0], ["--no-image-label"]])
-def test_without_continuous_prompt_the_model_has_none(model, flags):
-    assert model(*flags).prompt is None
+@pytest.mark.parametrize(
+    "flags",
+    [["--no-continuous-prompt"], ["--prompt-length", 0], ["--no-image-label"], ["--prompt-weight", 0]],
+)
+def test_a_model_whose_prompts_are_not_trained_has_no_vectors(options, flags):
+    args = options(*flags)
+    assert train.new_run(args, train.load_splits(args)[0]).model.prompt is None
 
 
 def test_no_continuous_prompt_still_trains_label_prompts(pretrain, steps):
@@ -213,68 +231,120 @@ def test_template_is_the_text_of_the_label_prompts(pretrain, steps, template):
         assert not batch.prompts.attention_mask[:, length:].any()
 
 
-def pairs(batch):
-    """Of reports with equal findings, a disease among them, and of images that fit another image's prompt."""
+def double_loop(batch, texts):
+    """Numbers of pairs, of reports and of prompts: (of equal texts, these and those that the labels fit).
+
+    texts: the report of each of the batch's reports, in their order.
+    """
     disease = [name != "No Finding" for name in sorted([*data.PHANTOM_FINDINGS, "No Finding"])]
-    reports = batch.present[batch.report_rows].tolist()
-    ill = [any(has and is_one for has, is_one in zip(row, disease, strict=True)) for row in reports]
-    rows = range(len(reports))
-    same = sum(reports[i] == reports[j] and ill[i] for i in rows for j in rows if i != j)
+    labels = batch.present[batch.report_rows].tolist()
+    ill = [any(has and is_one for has, is_one in zip(row, disease, strict=True)) for row in labels]
     named = batch.prompt_labels[batch.prompt_index].int().argmax(1).tolist()
     images = batch.present[batch.prompt_rows].tolist()
-    has = sum(images[i][named[j]] for i in range(len(images)) for j in range(len(images)) if i != j)
-    return same, has
+    rows = [(i, j) for i in range(len(texts)) for j in range(len(texts)) if i != j]
+    prompts = [(i, j) for i in range(len(named)) for j in range(len(named)) if i != j]
+    same = {(i, j) for i, j in rows if texts[i] == texts[j]}
+    fits = {(i, j) for i, j in rows if labels[i] == labels[j] and ill[i]}
+    same_prompt = {(i, j) for i, j in prompts if named[i] == named[j]}
+    fits_prompt = {(i, j) for i, j in prompts if images[i][named[j]]}
+    return (len(same), len(same | fits)), (len(same_prompt), len(same_prompt | fits_prompt))
 
 
-def test_the_mask_removes_the_pairs_that_a_double_loop_finds(pretrain, steps, tmp_path):
-    pretrain()
-    removed = [(line["removed_report"], line["removed_prompt"]) for line in log(tmp_path / "run")[0]]
-    assert removed == [pairs(batch) for _, batch in steps] and sum(map(sum, removed)) > 0
+@pytest.mark.parametrize(
+    ("mask", "report", "prompt"),
+    [("both", 1, 1), ("reports", 1, 0), ("prompts", 0, 1), ("identical", 0, 0), ("none", None, None)],
+)
+def test_each_mask_removes_the_pairs_that_a_double_loop_finds(
+    pretrain, steps, tmp_path, monkeypatch, mask, report, prompt
+):
+    """0: only equal texts, 1: those that the labels fit, too, None: no pair."""
+    loaded = train.training_records
+    kept = []
 
+    def with_twins(args, records):  # two reports of other labels that are equal word for word
+        records = [
+            replace(r, report="The same words.") if i in (1, 3, 5) else r for i, r in enumerate(records)
+        ]
+        kept.extend(loaded(args, records))
+        return kept
 
-def test_without_label_mask_no_pair_is_removed(pretrain, tmp_path):
-    assert pretrain("--no-label-mask") == 0
-    assert {(line["removed_report"], line["removed_prompt"]) for line in log(tmp_path / "run")[0]} == {(0, 0)}
-
-
-@pytest.mark.parametrize(("rule", "fits"), [("equal", set.__eq__), ("subset", set.__ge__)])
-def test_one_mask_rule_can_serve_all_texts(pretrain, steps, tmp_path, rule, fits):
-    pretrain("--mask-rule", rule)
+    monkeypatch.setattr(train, "training_records", with_twins)
+    assert pretrain("--label-mask", mask) == 0
     for line, (_, batch) in zip(log(tmp_path / "run")[0], steps, strict=True):
-        named = batch.prompt_labels[batch.prompt_index]
-        for name, images, texts in (
-            ("report", batch.report_labels, batch.report_labels),
-            ("prompt", batch.present[batch.prompt_rows], named),
-        ):
-            images, texts = ([set(row.nonzero()[:, 0].tolist()) for row in rows] for rows in (images, texts))
-            pairs = [(i, t) for a, i in enumerate(images) for b, t in enumerate(texts) if a != b]
-            assert line[f"removed_{name}"] == sum(bool(i and t) and fits(i, t) for i, t in pairs)
+        texts = [kept[row].report for row in batch.rows[batch.report_rows].tolist()]
+        of_reports, of_prompts = double_loop(batch, texts)
+        assert line["removed_report"] == (0 if report is None else of_reports[report])
+        assert line["removed_prompt"] == (0 if prompt is None else of_prompts[prompt])
 
 
-def test_rule_equal_asks_for_what_is_known_to_be_there(options):
-    """An image with edema and an unknown effusion is like the prompt "edema" by rule "equal", too."""
+def test_no_label_mask_is_the_mask_none():
+    assert train.parse_args(["--no-label-mask"]).label_mask == "none"
+
+
+def binary(count):
+    """Records without reports of one finding, present in every third and known to be absent in the others."""
+    image = np.zeros((16, 16), np.uint8)
+    states = ({"findings": frozenset({"Pneumonia"})}, {"absent": frozenset({"Pneumonia"})})
+    return [
+        data.Record(
+            image + i,
+            None,
+            patient=str(i),
+            source="made",
+            id=str(i),
+            **{"findings": frozenset()} | states[i % 3 > 0],
+        )
+        for i in range(count)
+    ]
+
+
+def test_images_whose_findings_are_known_to_be_absent_teach(options, pretrain, monkeypatch, tmp_path):
+    monkeypatch.setitem(data.DATASETS, "phantom", lambda root, split: binary(24))
+    assert pretrain("--lr", 1e-3) == 0
+    assert all(line["loss"] > 0 and line["gradient_norm"] > 0 for line in log(tmp_path / "run")[0])
+
+
+def test_an_image_is_a_negative_only_of_findings_that_it_is_known_not_to_have(options):
+    labels = torch.eye(2, dtype=torch.bool)
     batch = types.SimpleNamespace(
-        rows=torch.arange(2),
-        report_rows=torch.arange(0),
-        report_labels=torch.zeros(0, 2, dtype=torch.bool),
-        present=torch.tensor([[True, False]] * 2),
-        absent=torch.zeros(2, 2, dtype=torch.bool),
-        prompt_rows=torch.arange(2),
-        prompt_index=torch.zeros(2, dtype=torch.long),
-        prompt_labels=torch.tensor([[True, False]]),
+        rows=torch.arange(4),
+        present=torch.tensor([[1, 0], [0, 1], [0, 0], [0, 0]], dtype=torch.bool),
+        absent=torch.tensor([[0, 1], [1, 0], [1, 0], [0, 0]], dtype=torch.bool),
     )
-    features = torch.nn.functional.normalize(torch.randn(3, 4), dim=1)
-    for rule in ("equal", "subset"):
-        parts = train.losses(options("--mask-rule", rule), batch, features, torch.tensor(1.0))
-        assert parts["prompt"][1].all()
+    more = train.without_finding(batch, torch.arange(4.0)[:, None], labels)
+    assert more["more_images"].tolist() == [[2.0]]  # the last is unknown altogether
+    assert more["more_removed"].tolist() == [[False, True]]
 
 
-def test_as_positives_pairs_of_the_same_label_are_attracted(pretrain, tmp_path):
-    """The same first batch and weights: a pair removed takes from the loss, one attracted adds to it."""
-    assert pretrain() == 0 and pretrain("--positives", "--out", tmp_path / "unicl") == 0
-    ours, theirs = (log(tmp_path / name)[0][0] for name in ("run", "unicl"))
-    assert theirs["removed_report"] == theirs["removed_prompt"] == 0 < ours["removed_prompt"]
-    assert theirs["loss_prompt"] > ours["loss_prompt"]
+def test_labels_that_tell_nothing_apart_are_refused(pretrain, monkeypatch, capsys):
+    monkeypatch.setitem(data.DATASETS, "phantom", lambda root, split: binary(24)[::3])
+    assert pretrain() == 2 and "nothing to learn" in refusal(capsys)
+
+
+def test_what_is_left_out_is_counted(pretrain, monkeypatch, capsys):
+    bare = [replace(r, absent=frozenset()) for r in binary(24)]
+    monkeypatch.setitem(
+        data.DATASETS, "phantom", lambda root, split: binary(24) + [replace(r, id="b" + r.id) for r in bare]
+    )
+    assert pretrain("--limit", 48) == 0
+    assert "16 of 48 images left out" in capsys.readouterr().out
+
+
+def test_steps_that_teach_nothing_end_a_run(pretrain, monkeypatch, capsys):
+    monkeypatch.setattr(train, "MAX_IDLE", 3)
+    monkeypatch.setattr(train, "contrastive_loss", lambda images, texts, scale, *_, **__: 0 * scale)
+    assert pretrain() == 2 and "exactly 0 in the last 3 steps" in refusal(capsys)
+
+
+def test_label_noise_gives_a_share_of_the_records_the_labels_of_others(options):
+    args = options("--limit", 400)
+    whole = train.load_splits(args)[0]
+    noisy = train.training_records(options("--limit", 400, "--label-noise", 0.5), whole)
+    others = sum(a.findings != b.findings for a, b in zip(whole, noisy, strict=True))
+    same = sum((Counter(r.findings for r in whole)[r.findings] - 1) / 399 for r in whole) / 400
+    assert others / 400 == pytest.approx(0.5 * (1 - same), abs=0.1)  # 4 standard errors
+    assert all((a.report, a.id) == (b.report, b.id) for a, b in zip(whole, noisy, strict=True))
+    assert {(r.findings, r.absent) for r in noisy} <= {(r.findings, r.absent) for r in whole}
 
 
 def test_without_image_text_no_report_is_read(pretrain, steps):
@@ -287,64 +357,26 @@ def test_without_image_label_no_prompt_is_drawn(pretrain, steps):
     assert all(len(batch.prompt_rows) == 0 and len(batch.report_rows) == 8 for _, batch in steps)
 
 
-def faults(options, *flags):
-    """Training records of the tiny run without and with faults in their labels."""
-    return [train.training_records(options("--limit", 400, *more)) for more in ((), flags)]
-
-
-def test_label_noise_gives_a_share_of_the_records_the_labels_of_others(options):
-    whole, noisy = faults(options, "--label-noise", 0.5)
-    others = sum(a.findings != b.findings for a, b in zip(whole, noisy, strict=True))
-    same = sum((Counter(r.findings for r in whole)[r.findings] - 1) / 399 for r in whole) / 400
-    assert others / 400 == pytest.approx(0.5 * (1 - same), abs=0.1)  # 4 standard errors
-    assert all((a.report, a.id) == (b.report, b.id) for a, b in zip(whole, noisy, strict=True))
-    assert all(not record.findings & record.absent for record in noisy)
-    assert {(r.findings, r.absent) for r in noisy} <= {(r.findings, r.absent) for r in whole}
-
-
-def test_a_dropped_finding_is_absent_and_who_has_none_left_is_normal(options):
-    whole, missed = faults(options, "--label-drop", 1)
-    assert {record.findings for record in missed} == {frozenset({"No Finding"})}
-    assert all(a.findings - {"No Finding"} <= b.absent for a, b in zip(whole, missed, strict=True))
-    whole, missed = faults(options, "--label-drop", 0.3)
-    findings = sum(len(record.findings - {"No Finding"}) for record in whole)
-    kept = sum(len(record.findings - {"No Finding"}) for record in missed)
-    assert kept / findings == pytest.approx(0.7, abs=0.1)
-
-
-def test_data_without_a_normal_label_get_none(options, cases):
-    records = train.training_records(options(*cases, "--label-drop", 1))
-    assert records and not any(record.findings for record in records)
-
-
-def test_a_share_of_the_records_without_report_can_be_left_out(options):
-    whole, some = faults(options, "--label-records", 0.5)
-    none = train.training_records(options("--limit", 400, "--label-records", 0))
-    reported = [record.id for record in whole if record.report is not None]
-    assert [record.id for record in none] == reported
-    assert [record.id for record in some if record.report is not None] == reported
-    assert len(some) - len(reported) == pytest.approx(100, abs=30)
-
-
-def test_chosen_findings_keep_what_the_others_say_of_them(options, cases, monkeypatch):
+def test_chosen_findings_keep_what_the_others_say_of_them(options, monkeypatch):
     sets = ("No Finding", "Edema", "Fracture")
-    records = [
-        data.Record(n, "", frozenset({name}), str(n), "made", id=str(n)) for n, name in enumerate(sets)
-    ]
-    monkeypatch.setattr(data, "load_records", lambda *_, **__: records)
-    monkeypatch.setattr(data, "check_images", lambda *_: None)
-    normal, edema, fracture = train.load_split(options("--findings", "Edema", "No Finding"), "train")
+    image = np.zeros((16, 16), np.uint8)
+    records = [data.Record(image, "", frozenset({name}), name, "made", id=name) for name in sets]
+    monkeypatch.setitem(data.DATASETS, "phantom", lambda root, split: records)
+    normal, edema, fracture = train.load_splits(options("--findings", "Edema", "No Finding"))[0]
     assert normal.findings == {"No Finding"} and normal.absent == {"Edema"}
     assert edema.findings == {"Edema"} and edema.absent == {"No Finding"}
     assert fracture.findings == frozenset() and fracture.absent == {"No Finding"}
 
 
-def test_a_run_that_nothing_can_validate_says_so(pretrain, cases, monkeypatch, capsys):
-    load = train.load_split
-    bare = lambda args, split: [  # noqa: E731
-        replace(r, report=None, findings=frozenset(), absent=frozenset()) for r in load(args, split)
-    ]
-    monkeypatch.setattr(train, "load_split", lambda args, s: bare(args, s) if s == "valid" else load(args, s))
+def test_a_run_that_nothing_can_validate_says_so(pretrain, monkeypatch, capsys):
+    splits = train.load_splits
+    unknown = {"report": None, "findings": frozenset(), "absent": frozenset()}
+
+    def bare(args):
+        records, valid = splits(args)
+        return records, [replace(record, **unknown) for record in valid]
+
+    monkeypatch.setattr(train, "load_splits", bare)
     assert pretrain() == 0 and "nothing to validate by" in capsys.readouterr().out
 
 
@@ -385,9 +417,10 @@ def test_an_epoch_is_logged_with_zero_shot_accuracy_and_retrieval(tiny_run):
     assert line.keys() >= {"step", "epoch", "balanced accuracy", "i2t_P@1"}
 
 
-def test_a_run_leaves_nothing_but_log_last_and_best(pretrain, tmp_path):
+def test_a_run_leaves_its_options_its_log_and_two_checkpoints(pretrain, tmp_path):
     pretrain()
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["best.pt", "last.pt", "log.jsonl"]
+    names = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert names == ["best.pt", "config.json", "last.pt", "log.jsonl"]
 
 
 def test_best_is_the_epoch_with_the_best_scores(pretrain, monkeypatch, tmp_path):
@@ -568,9 +601,9 @@ def spoil(monkeypatch):
     def prepare(*steps, bad=math.nan, gradient=False):
         calls, loss = [], train.contrastive_loss
 
-        def spoilt(*inputs):
+        def spoilt(*inputs, **more):
             calls.append(1)
-            value = loss(*inputs)
+            value = loss(*inputs, **more)
             if (len(calls) + 1) // 2 not in steps:  # two losses a step
                 return value
             if not gradient:
@@ -666,8 +699,6 @@ def test_an_unreadable_validation_image_costs_no_training(pretrain, chests, step
         ("--swin-depths 1 1 1", "heads"),
         ("--device nonsense", "nonsense"),
         ("--findings Edema Gout", "Gout"),
-        ("--no-label-mask --positives", "--no-label-mask"),
-        ("--no-label-mask --mask-rule equal", "--no-label-mask"),
         ("--image-weights nowhere.pt", "nowhere.pt"),
         ("--swin-heads 1 3", "heads"),
         ("--device meta", "meta"),
@@ -680,7 +711,7 @@ def test_bad_options_are_one_sentence(pretrain, capsys, flags, named):
 
 
 SENSELESS = """
-    --label-noise=1.5 --label-drop=-1 --label-records=half --warmup=2 --warmup=nan --clip=-1 --lr=nan --lr=inf
+    --label-noise=1.5 --warmup=2 --warmup=nan --clip=-1 --lr=nan --lr=inf
     --weight-decay=-1 --drop-path=2 --prompt-weight=-1 --limit=-63 --epochs=0 --epochs=1.5 --batch-size=0
     --embed-dim=0 --prompt-length=-1 --max-length=2 --workers=-1 --seed=99999999999999999999 --image-size=0
     --patch-size=0 --window-size=0 --swin-heads=0 --swin-depths=-1
@@ -743,10 +774,57 @@ def test_a_run_from_a_text_model_is_evaluated_without_its_folder(pretrain, text_
     assert evaluate.main(["--checkpoint", str(tmp_path / "run"), "--limit", "5"]) == 0
 
 
-def test_an_unreachable_text_model_is_refused_with_the_way_to_get_it(pretrain, capsys):
+def test_an_unreachable_text_model_is_refused_with_the_ways_out_before_any_data(
+    pretrain, monkeypatch, capsys
+):
+    def unreachable(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("socket.create_connection", unreachable)
+    monkeypatch.setattr(train, "getproxies", dict)
+    monkeypatch.setattr(data, "read_records", lambda *_: pytest.fail("data were read"))
     assert pretrain("--text-model", "nobody/nothing") == 2
     sentence = refusal(capsys)
-    assert "nobody/nothing" in sentence and "--text-model FOLDER" in sentence
+    assert all(each in sentence for each in ("nobody/nothing", "--text-model FOLDER", "--preset small"))
+
+
+@pytest.mark.parametrize("pieces", [5, 60])
+def test_a_text_model_without_its_own_tokenizer_is_refused(pretrain, text_model, capsys, pieces):
+    folder = text_model()
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"x{i}" for i in range(pieces - 5))]
+    other = train.BertWordPieceTokenizer({name: i for i, name in enumerate(vocabulary)}, lowercase=True)
+    train.wrap_tokenizer(other.to_str()).save_pretrained(folder)
+    (folder / "vocab.txt").unlink(missing_ok=True)
+    assert pretrain("--text-model", folder) == 2
+    assert "do not belong together" in (said := refusal(capsys)) or "less than half" in said
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(pretrain, text_model, tmp_path, capsys):
+    folder = text_model()
+    bert = BertModel.from_pretrained(folder)
+    bert.embeddings.word_embeddings.weight.data[0, 0] = math.nan
+    bert.save_pretrained(folder)
+    assert pretrain("--text-model", folder) == 2 and "not finite" in refusal(capsys)
+    swin = torchvision_swin(16)
+    swin["norm.weight"][0] = math.inf
+    torch.save(swin, tmp_path / "swin.pt")
+    assert pretrain("--image-weights", tmp_path / "swin.pt") == 2 and "swin.pt" in refusal(capsys)
+
+
+# ------------------------------------------------------------------------------------------------- --init
+
+
+def test_a_new_run_starts_from_the_weights_of_another_on_other_data(tiny_run, cases, tmp_path):
+    flags = ["--init", str(tiny_run), *cases, "--lr", "0", "--epochs", "1", "--batch-size", "8"]
+    assert train.main([*flags, "--workers", "0", "--out", str(tmp_path / "new")]) == 0
+    old, new = state(tiny_run, "best.pt"), state(tmp_path / "new")
+    assert all(torch.equal(old["model"][name], value) for name, value in new["model"].items())
+    assert new["findings"] == ["Abdomen", "Head", "Thorax"] != old["findings"]
+    assert new["args"]["init"] == str(tiny_run) and new["args"]["image_size"] == 16
+
+
+def test_init_takes_no_other_sizes(tiny_run, capsys):
+    assert train.main(["--init", str(tiny_run), "--swin-dim", "32"]) == 2 and "--swin-dim" in refusal(capsys)
 
 
 def test_a_folder_without_a_text_model_is_refused(pretrain, tmp_path, capsys):
