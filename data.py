@@ -379,7 +379,7 @@ class Collate:
         for _, image in items:
             if isinstance(image, BadInput):
                 return image
-        rows = torch.tensor([row for row, _ in items])
+        rows = torch.tensor([row for row, _ in items], dtype=torch.long)  # of a process without a share: none
         present = self.present[rows]
 
         texts = [self.records[row].report for row in rows.tolist()]
@@ -403,7 +403,7 @@ class Collate:
         distinct, prompt_index = torch.tensor(drawn, dtype=torch.long).unique(return_inverse=True)
         return Batch(
             rows=rows,
-            images=torch.stack([image for _, image in items]),
+            images=torch.stack([image for _, image in items]) if items else torch.zeros(0, 1, 1, 1),
             present=present,
             absent=self.absent[rows],
             reports=reports,
