@@ -36,8 +36,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see data.py
 import numpy as np
 import torch
 import torch.distributed as dist
-import transformers
-from huggingface_hub import constants
+from huggingface_hub import constants, try_to_load_from_cache
 from safetensors.torch import load_file
 from tokenizers import BertWordPieceTokenizer, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.nn.parallel import DistributedDataParallel
@@ -54,6 +53,7 @@ from evaluate import (
     Run,
     build_image_encoder,
     build_model,
+    finite,
     load_run,
     read_checkpoint,
     resolve_machine,
@@ -256,17 +256,15 @@ def run_folder(parser, args):
 
 
 def print_options(args):
-    """The options that differ from the preset's, on the screen; all of them into RUN/config.json."""
+    """What differs from the preset, on the screen."""
     parser = build_parser()
     parser.set_defaults(**PRESETS[args.preset])
     machine = f"{args.device}, {args.precision}, {args.threads} threads, {processes()} processes"
-    print_once(f"UMCL {args.commit}, torch {torch.__version__}, {machine}")
-    print_once(
-        f"preset {args.preset}, all options in {Path(args.out, 'config.json')}; other than by default:"
-    )
+    print_once(f"commit {args.commit}, torch {torch.__version__}, {machine}")
+    print_once(f"preset {args.preset}; what differs from it (all options are in {args.out}/config.json):")
     for name, value in vars(args).items():
-        default = parser.get_default(name)
-        if value != default and name not in ("preset", "device", "precision", "commit", "held_out"):
+        told = name in ("preset", "device", "precision", "commit", "held_out")
+        if value != parser.get_default(name) and not told:
             print_once(f"  {name.replace('_', '-'):18} {value}")
 
 
@@ -291,13 +289,10 @@ def learn_tokenizer(texts, size=2000):
     return BertWordPieceTokenizer({name: i for i, name in enumerate(dict.fromkeys(names))}, lowercase=True)
 
 
-def local_files_only(name):
-    """Whether a text model has to come from the disk; without a connection the hub library waits a minute."""
-    if Path(name).is_dir():
+def is_local(name):
+    """Whether a text model is on the disk; refuses one out of reach, for which the library waits a minute."""
+    if Path(name).is_dir() or isinstance(try_to_load_from_cache(name, "config.json"), str):
         return True
-    with contextlib.suppress(OSError, ValueError):
-        AutoConfig.from_pretrained(name, local_files_only=True)
-        return True  # in the library's cache
     host = urlsplit(constants.ENDPOINT)
     try:
         if not getproxies():
@@ -313,33 +308,29 @@ def local_files_only(name):
 
 def load_text_model(name):
     """A pre-trained BERT by hub name or folder -> (BertModel without pooling layer, tokenizer)."""
-    local = {"local_files_only": local_files_only(name)}
     try:
+        local = {"local_files_only": is_local(name)}
         kind = AutoConfig.from_pretrained(name, **local).model_type
         if kind != "bert":
-            raise BadInput(f"the text model {name} is of the kind {kind!r}; only BERT is supported")
+            raise ValueError(f"it is of the kind {kind!r}; only BERT is supported")
         tokenizer = AutoTokenizer.from_pretrained(name, **local)
-        bert, info = BertModel.from_pretrained(
-            name, add_pooling_layer=False, output_loading_info=True, attn_implementation="sdpa", **local
-        )
+        local |= {"add_pooling_layer": False, "attn_implementation": "sdpa"}
+        bert, info = BertModel.from_pretrained(name, output_loading_info=True, **local)
+        if info["missing_keys"]:
+            raise ValueError(f"it lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}")
+        if not finite(bert):
+            raise ValueError("its weights are not finite")
+        pieces, embeddings = len(tokenizer), bert.config.vocab_size
+        if tokenizer.pad_token_id is None or not embeddings / 2 <= pieces <= embeddings:
+            raise ValueError(f"its tokenizer, of {pieces} pieces, is not that of its {embeddings} embeddings")
     except BadInput:
         raise
     except Exception as error:  # the library has no one error for what it cannot read
         said = (str(error).splitlines() or [repr(error)])[0]
         raise BadInput(
-            f"the text model {name} is no BERT checkpoint with its tokenizer ({said}); save both in a folder "
-            "with save_pretrained, or --preset small needs no text model"
+            f"the text model {name} cannot be used ({said}); what can is a folder into which save_pretrained "
+            "wrote a BERT and its tokenizer; --preset small needs none"
         ) from error
-    if info["missing_keys"]:
-        raise BadInput(f"the text model {name} lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}")
-    if not all(torch.isfinite(weight).all() for weight in bert.parameters()):
-        raise BadInput(f"the text model {name} has weights that are not finite")
-    pieces, embeddings = len(tokenizer), bert.config.vocab_size
-    if tokenizer.pad_token_id is None or not embeddings / 2 <= pieces <= embeddings:
-        raise BadInput(
-            f"the text model {name} has {embeddings} word embeddings and its tokenizer {pieces} word pieces, "
-            "[PAD] among them or not: the two do not belong together"
-        )
     return bert, tokenizer
 
 
@@ -350,9 +341,7 @@ def build_text(args, texts):
         ids = tokenizer(texts[:: len(texts) // 200 + 1], add_special_tokens=False)["input_ids"]
         ids = [each for text in ids for each in text]
         if ids.count(tokenizer.unk_token_id) > len(ids) / 2:
-            raise BadInput(
-                f"the tokenizer of {args.text_model} knows less than half of the words of the texts"
-            )
+            raise BadInput(f"the tokenizer of {args.text_model} knows less than half of the words here")
         return bert, tokenizer
     tokenizer = wrap_tokenizer(learn_tokenizer(texts).to_str())
     config = BertConfig(
@@ -375,7 +364,7 @@ def check_options(args):
         if args.image_weights:
             load_image_weights(swin, args.image_weights)
         if args.text_model != SMALL_BERT and args.init is None and args.resume is None:
-            local_files_only(args.text_model)
+            is_local(args.text_model)
 
 
 def load_image_weights(swin, file):
@@ -385,13 +374,11 @@ def load_image_weights(swin, file):
         weights = load_file(file) if safetensors else torch.load(file, map_location="cpu", weights_only=True)
         for key in ("model", "state_dict"):  # Microsoft's files, and others, wrap the weights
             weights = weights.get(key, weights)
-        if not all(torch.isfinite(value).all() for value in weights.values() if torch.is_tensor(value)):
-            raise ValueError("its weights are not finite")
         load_swin_weights(swin, weights)
-    except ValueError as error:
-        raise BadInput(f"--image-weights {file}: {error}") from error
+        if not finite(swin):
+            raise ValueError("they are not finite")
     except Exception as error:  # neither loader has one error for what it cannot read
-        raise BadInput(f"--image-weights {file} cannot be read as weights ({error!r:.80})") from error
+        raise BadInput(f"--image-weights {file} cannot be used ({error!s:.300})") from error
 
 
 # ----------------------------------------------------------------------------------------------- processes
@@ -787,24 +774,31 @@ class Progress:
     seconds: float = 0.0
     skipped: int = 0  # steps left out because loss or gradient was not finite
     skipped_in_a_row: int = 0
+    most_skipped: int = 0  # the most in a row so far
     idle_in_a_row: int = 0  # steps whose loss and gradient were exactly 0
-    records: str = ""  # SHA-256 of what was trained on, in order
+    records: str = ""  # SHA-256 of what is trained on, in order
     log_size: int = 0  # bytes of log.jsonl
 
-    def count(self, recent):
-        """Takes in and clears the steps since the last call: (3,) each of loss, gradient norm, left out.
+    def count(self, steps):
+        """Takes in the steps since the last call, [(loss, gradient norm, left out), ...].
 
         Returns:
-            the most steps left out one after the other.
+            why the run cannot go on, or None.
         """
-        longest = 0
-        for loss, norm, skipped in torch.stack(recent).tolist() if recent else ():
+        for loss, norm, skipped in steps:
             self.skipped += int(skipped)
             self.skipped_in_a_row = (self.skipped_in_a_row + 1) * int(skipped)
             self.idle_in_a_row = (self.idle_in_a_row + 1) * (loss == norm == 0)
-            longest = max(longest, self.skipped_in_a_row)
-        recent.clear()
-        return longest
+            self.most_skipped = max(self.most_skipped, self.skipped_in_a_row)
+        if self.most_skipped >= MAX_SKIPPED:
+            way_out = "try a lower --lr, or --precision fp32"
+            return (
+                f"loss or gradient was not finite in {self.most_skipped} steps one after the other; {way_out}"
+            )
+        if self.idle_in_a_row >= MAX_IDLE:
+            way_out = "no image has a negative; `python data.py summary` shows the labels"
+            return f"loss and gradient were exactly 0 in the last {self.idle_in_a_row} steps: {way_out}"
+        return None
 
 
 def records_sha256(records):
@@ -826,11 +820,10 @@ def begin(args, records):
     if state:
         if "optimizer" not in state:
             raise BadInput(f"{args.resume}/last.pt holds a model alone, so its run cannot go on")
-        saved = Progress(**state["progress"])
-        if saved.records != progress.records:
+        if state["progress"]["records"] != progress.records:
             raise BadInput(f"the data have changed since {args.resume} was begun; it cannot go on with them")
+        progress = Progress(**state["progress"])
         optimizer.load_state_dict(state["optimizer"])
-        progress = saved
     return run, optimizer, progress
 
 
@@ -852,39 +845,6 @@ def signals_noted():
             signal.signal(number, handler)
 
 
-class Log:
-    """RUN/log.jsonl, locked for as long as it is open: one process trains in a folder."""
-
-    def __init__(self, out, size):
-        """Goes on behind the first `size` bytes: what a broken run wrote after its last save is dropped."""
-        Path(out).mkdir(parents=True, exist_ok=True)
-        self.file = open(Path(out, "log.jsonl"), "a")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BadInput(
-                f"another process is training in {out}; wait for it, or give another --out"
-            ) from error
-        except OSError:
-            pass  # a file system without locks
-        self.file.truncate(min(size, self.file.tell()))
-        self.file.seek(0, os.SEEK_END)
-
-    def write(self, line):
-        """One object; JSON has no word for what is not finite."""
-        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
-
-    def size(self):
-        """Bytes, all of them put on the disk."""
-        os.fsync(self.file.fileno())
-        return self.file.tell()
-
-    def close(self):
-        self.file.close()
-
-
 def measures(run, loss, norm, parts):
     """What a line of log.jsonl says of a step: losses, and how many negatives the mask leaves to an image."""
     line = {"loss": loss, "gradient_norm": norm, "logit_scale": run.model.logit_scale()}
@@ -901,6 +861,91 @@ def measures(run, loss, norm, parts):
     return {name: value.item() for name, value in line.items()}
 
 
+class Recorder:
+    """What a run leaves in its folder, and its progress bar; the first process has it.
+
+    log.jsonl is locked for as long as it is open: one process trains in a folder.
+    """
+
+    def __init__(self, run, optimizer, progress, valid, steps, per_epoch):
+        self.run, self.optimizer, self.progress, self.valid = run, optimizer, progress, valid
+        self.per_epoch, self.out, self.recent = per_epoch, Path(run.args.out), []
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.log = open(self.out / "log.jsonl", "a")
+        try:
+            fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BadInput(f"another process trains in {self.out}; wait, or give another --out") from error
+        self.log.truncate(min(progress.log_size, self.log.tell()))  # what was written after the last save
+        config = {**vars(run.args), "processes": processes(), "torch": torch.__version__}
+        (self.out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        self.bar = tqdm(total=steps, initial=progress.step, unit="step", mininterval=1)
+        self.started = time.time() - progress.seconds
+        if progress.step == 0:
+            self.save()  # a full disk shows before the first step
+        elif progress.step % per_epoch == 0 and progress.validated < progress.epoch:
+            self.validate()
+        self.since, self.images = time.time(), 0  # of the last line or validation, and what came after it
+
+    def write(self, line):
+        """One object into log.jsonl; JSON has no word for what is not finite."""
+        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self.log.write(json.dumps(line) + "\n")
+        self.log.flush()
+
+    def save(self):
+        """last.pt. At an epoch's end that is before its validation, so a resumed run validates again."""
+        os.fsync(self.log.fileno())
+        self.progress.seconds, self.progress.log_size = time.time() - self.started, self.log.tell()
+        more = {"optimizer": self.optimizer.state_dict()}
+        save_checkpoint(self.out / "last.pt", self.run, vars(self.progress), **more)
+
+    def validate(self):
+        """Scores the epoch and keeps it in best.pt if none was better."""
+        progress, where = self.progress, {"step": self.progress.step, "epoch": self.progress.epoch}
+        scores = evaluate.quick_scores(self.run, self.valid)
+        self.run.model.train()
+        self.write(where | scores)
+        progress.validated, score = progress.epoch, sum(scores.values())
+        if score >= progress.best:
+            progress.best = score
+            save_checkpoint(self.out / "best.pt", self.run, where | scores)
+        told = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+        told = told or "nothing to validate by; the last epoch is the best"
+        self.bar.write(f"epoch {progress.epoch}: {told}")
+
+    def record(self, step, lr, loss, norm, skipped, parts):
+        """Takes in a step; logs, saves and validates when it is time."""
+        progress, args = self.progress, self.run.args
+        progress.step, progress.epoch = step, math.ceil(step / self.per_epoch)
+        self.recent.append(torch.stack([loss, norm, skipped]))
+        self.images += args.batch_size
+        self.bar.update()
+        epoch_ends = step % self.per_epoch == 0
+        log_now, save_now = (epoch_ends or step % n == 0 for n in (args.log_every, args.save_every))
+        if log_now or save_now:
+            broken, self.recent = progress.count(torch.stack(self.recent).tolist()), []
+        if log_now:
+            now = time.time()
+            line = {"step": step, "epoch": progress.epoch, "lr": lr, "seconds": round(now - self.started, 2)}
+            line["images_per_second"] = self.images / (now - self.since)
+            line |= measures(self.run, loss, norm, parts) | {"skipped": progress.skipped}
+            self.write(line)
+            self.bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
+            self.since, self.images = now, 0
+        if (log_now or save_now) and broken:
+            raise BadInput(f"step {step}: {broken}; {self.out}/last.pt is as it was saved before")
+        if save_now:
+            self.save()
+        if epoch_ends:
+            self.validate()
+            self.since, self.images = time.time(), 0
+
+    def close(self):
+        self.bar.close()
+        self.log.close()
+
+
 def print_sizes(run, records, valid):
     """What there is to learn from and what learns."""
     reports, labelled = sum(r.report is not None for r in records), sum(bool(r.findings) for r in records)
@@ -910,31 +955,11 @@ def print_sizes(run, records, valid):
         print_once(f"{name}: {sum(p.numel() for p in part.parameters()):,} parameters")
 
 
-def save(out, run, optimizer, progress, log, started):
-    """Writes last.pt. At an epoch's end that is before its validation, so a resumed run validates again."""
-    progress.seconds, progress.log_size = time.time() - started, log.size()
-    save_checkpoint(Path(out, "last.pt"), run, vars(progress), optimizer=optimizer.state_dict())
-
-
-def validate(out, run, valid, progress, log):
-    """Scores the epoch, logs it and keeps the best -> sentence."""
-    scores = evaluate.quick_scores(run, valid)
-    run.model.train()
-    where = {"step": progress.step, "epoch": progress.epoch}
-    log.write(where | scores)
-    progress.validated = progress.epoch
-    if sum(scores.values()) >= progress.best:
-        progress.best = sum(scores.values())
-        save_checkpoint(Path(out, "best.pt"), run, where | scores)
-    told = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
-    return f"epoch {progress.epoch}: {told or 'nothing to validate by; the last epoch is the best'}"
-
-
 def train(args):
-    """Trains as the options say; leaves log.jsonl, last.pt and best.pt in args.out.
+    """Trains as the options say; see Recorder for what it leaves.
 
     Returns:
-        exit status: 130 where Ctrl-C ended it, 143 where SIGTERM did.
+        exit status: 128 and the number of the signal that ended it.
     """
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
@@ -950,94 +975,37 @@ def train(args):
     if processes() > 1:
         model = DistributedDataParallel(model)
     per_epoch = steps_per_epoch(args, records)
-    steps = args.epochs * per_epoch
-    if progress.step == steps and progress.validated == args.epochs:
+    steps, done, stop = args.epochs * per_epoch, progress.step, 0
+    if done == steps and progress.validated == args.epochs:
         print_once(f"{args.out} is finished; --init {args.out} starts another run from its weights")
         return 0
     warmup = math.ceil(args.warmup * steps)
-    loader = training_loader(run, records, progress.step)
+    loader = training_loader(run, records, done)
+    recorder = Recorder(run, optimizer, progress, valid, steps, per_epoch) if rank() == 0 else None
 
-    first = rank() == 0  # the process that writes
-    log = Log(args.out, progress.log_size) if first else None
-    if first:
-        write_config(args)
-    bar = tqdm(total=steps, initial=progress.step, unit="step", mininterval=1, disable=not first)
-    started, stop, recent = time.time() - progress.seconds, 0, []
-    with signals_noted() as noted, contextlib.closing(log) if first else contextlib.nullcontext(), bar:
-        if first and progress.step == 0:
-            save(args.out, run, optimizer, progress, log, started)  # a full disk shows before the first step
-        elif first and progress.step % per_epoch == 0 and progress.validated < progress.epoch:
-            bar.write(validate(args.out, run, valid, progress, log))
-        since, steps_since = time.time(), 0
-        for step, batch in enumerate(data.readable(loader), progress.step + 1):
-            epoch_ends = step % per_epoch == 0
-            log_now = epoch_ends or step % args.log_every == 0
-            save_now = epoch_ends or step % args.save_every == 0
-            if log_now or processes() == 1:
+    with signals_noted() as noted, contextlib.closing(recorder) if recorder else contextlib.nullcontext():
+        for step, batch in enumerate(data.readable(loader), done + 1):
+            if processes() == 1 or step % args.log_every == 0:
                 stop = max(sum(from_all_ranks(noted), []), default=0)
             if stop:
                 break
-            lr = lr_at(step - 1, steps, warmup, args.lr)
-            seed = seed_for(args.seed, "step", step, rank())
-            batch = data.to_device(batch, device)
-            loss, norm, skipped, parts = training_step(run, batch, model, optimizer, lr, seed)
-            progress.step, progress.epoch = step, math.ceil(step / per_epoch)
-            recent.append(torch.stack([loss, norm, skipped]))
-            steps_since += 1
-            bar.update()
-            if first and (log_now or save_now):
-                longest = progress.count(recent)
-            if first and log_now:
-                now = time.time()
-                line = {"step": step, "epoch": progress.epoch, "lr": lr, "seconds": round(now - started, 2)}
-                line["images_per_second"] = steps_since * min(args.batch_size, len(records)) / (now - since)
-                line |= measures(run, loss, norm, parts) | {"skipped": progress.skipped}
-                log.write(line)
-                bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
-                refuse_to_go_on(progress, longest, args.out)
-                since, steps_since = now, 0
-            if first and save_now:
-                save(args.out, run, optimizer, progress, log, started)
-            if first and epoch_ends:
-                bar.write(validate(args.out, run, valid, progress, log))
-                since, steps_since = time.time(), 0
-            if epoch_ends and patient:
+            lr, seed = lr_at(step - 1, steps, warmup, args.lr), seed_for(args.seed, "step", step, rank())
+            result = training_step(run, data.to_device(batch, device), model, optimizer, lr, seed)
+            if recorder:
+                recorder.record(step, lr, *result)
+            if patient and step % per_epoch == 0:  # the others wait while the first validates
                 dist.barrier(patient)
-        if first:
-            progress.count(recent)
-            save(args.out, run, optimizer, progress, log, started)
+        if recorder:
+            recorder.save()
 
     if stop:
         where = f"after {progress.step} of {steps} steps"
         print_once(f"stopped by {STOP_SIGNALS[stop]} {where}; --resume {args.out} goes on from there")
     else:
-        minutes = (time.time() - started) / 60
-        print_once(f"{minutes:.1f} minutes; the best epoch is in {Path(args.out, 'best.pt')}")
+        print_once(f"{progress.seconds / 60:.1f} minutes; the best epoch is in {Path(args.out, 'best.pt')}")
     if processes() > 1:
         dist.destroy_process_group()
     return 128 + stop if stop else 0
-
-
-def refuse_to_go_on(progress, longest, out):
-    """Ends a run that learns nothing any more."""
-    if longest >= MAX_SKIPPED:
-        raise BadInput(
-            f"loss or gradient was not finite in {longest} steps one after the other, up to step "
-            f"{progress.step}; {Path(out, 'last.pt')} is as it was saved before; try a lower --lr, or "
-            "--precision fp32"
-        )
-    if progress.idle_in_a_row >= MAX_IDLE:
-        raise BadInput(
-            f"loss and gradient were exactly 0 in the last {progress.idle_in_a_row} steps: no image has a "
-            "negative, so nothing is learned; `python data.py summary` shows the labels"
-        )
-
-
-def write_config(args):
-    """All options, versions and processes into RUN/config.json."""
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    config = {**vars(args), **versions, "processes": processes()}
-    Path(args.out, "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def main(argv=None):
