@@ -112,7 +112,8 @@ def run_and_batch(batch, precision, device):
     args, names = train.parse_args(flags.split()), [f"finding {i}" for i in range(C)]
     bert = BertModel(BertConfig(), add_pooling_layer=False)
     tokenizer = train.wrap_tokenizer(train.learn_tokenizer(names).to_str())
-    run = train.Run(train.build_model(args, bert).to(device).train(), tokenizer, names, args)
+    model = train.build_model(args, bert, args.prompt_length).to(device).train()
+    run = train.Run(model, tokenizer, names, args)
     present = [frozenset(names[j] for j in torch.randperm(C)[: 1 + i % 3].tolist()) for i in range(batch)]
     records = [data.Record(None, None, some, "", "random", frozenset(names) - some) for some in present]
     prompts = run.prompt_tokens([train.prompts.label_prompt(name, args.template) for name in names])

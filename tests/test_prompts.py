@@ -80,7 +80,7 @@ def test_ensemble_has_every_wording_in_every_template(finding):
 
 
 def test_an_unlisted_finding_is_worded_by_its_own_name():
-    assert wordings(UNLISTED) == ("pleural thickening",)
+    assert wordings(UNLISTED) == ("Pleural Thickening",)
 
 
 @pytest.mark.parametrize("finding", FINDINGS)

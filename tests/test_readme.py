@@ -1,6 +1,7 @@
 """What the documents name is there: commands, flags, definitions, files; and the requirements."""
 
 import importlib
+import itertools
 import re
 import shlex
 import shutil
@@ -14,6 +15,7 @@ from transformers import BertConfig, BertModel
 import data
 import evaluate
 import train
+import umcl
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "REPRODUCE.md"]
@@ -42,8 +44,17 @@ def test_readme_commands_are_accepted(document):
             } <= data.DATASETS.keys()
 
 
+def python_blocks(document):
+    return re.findall(r"```python\n(.*?)```", read(document), re.DOTALL)
+
+
 def test_python_in_the_readme_runs(tiny_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "DATASETS", dict(data.DATASETS))  # a block adds one
+    for split, name, i in itertools.product(("train", "valid"), ("healthy", "ill"), range(6)):
+        image = tmp_path / "FOLDER" / split / name / f"{split}{name}{i}.png"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (64, 64), 40 * i).save(image)
     shutil.copytree(tiny_run, tmp_path / "runs" / "umcl")
     Image.fromarray(data.phantom("64", "valid")[0].image).save(tmp_path / "chest.png")
     features = torch.nn.functional.normalize(torch.randn(6, 4), dim=1)
@@ -52,11 +63,32 @@ def test_python_in_the_readme_runs(tiny_run, tmp_path, monkeypatch, capsys):
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     given["bert"] = BertModel(BertConfig(vocab_size=9, max_position_embeddings=64, **sizes))
     given |= {"input_ids": torch.ones(2, 5, dtype=torch.long), "attention_mask": torch.ones(2, 5)}
-    for block in re.findall(r"```python\n(.*?)```", read("README.md"), re.DOTALL):
+    for block in python_blocks("README.md"):
         exec(block, given)
+    assert list((tmp_path / "runs").glob("umcl-clinic*/best.pt"))
     assert given["loss"] > 0 and given["hidden"].shape == (2, 16)
     printed = capsys.readouterr().out
     assert given["run"].findings and all(finding in printed for finding in given["run"].findings)
+
+
+def test_mask_and_loss_are_those_of_the_plain_python_in_reproduce():
+    """200 random batches, some with images that have no text of their own."""
+    (block,), plain = python_blocks("REPRODUCE.md"), {}
+    exec(block, plain)
+    generator = torch.Generator().manual_seed(0)
+    for batch in range(200):
+        n, more = 1 + batch % 7, batch % 3
+        labels = torch.rand(n + more, 4, generator=generator) < 0.4
+        sets = [set(row.nonzero()[:, 0].tolist()) for row in labels]
+        features = torch.randn(2, n + more, 5, generator=generator, dtype=torch.float64)
+        images, texts = torch.nn.functional.normalize(features, dim=-1)
+        rule = ("equal", "subset")[batch % 2]
+        removed = umcl.label_mask(labels, labels[:n], rule)
+        assert plain["removed_pairs"](sets, sets[:n], rule) == removed.tolist()
+        wanted = plain["loss"](images.tolist(), texts[:n].tolist(), 20.0, removed.tolist())
+        rest = {"more_images": images[n:], "more_removed": removed[n:]} if more else {}
+        loss = umcl.contrastive_loss(images[:n], texts[:n], torch.tensor(20.0), removed[:n], **rest)
+        assert loss.item() == pytest.approx(wanted, abs=1e-10)
 
 
 def test_readme_shows_how_to_use_each_script():
