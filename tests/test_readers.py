@@ -1063,6 +1063,13 @@ def test_a_patient_in_two_splits_of_two_tables_is_refused(tmp_path):
         data.read_records(specs, "train")
 
 
+def test_a_patient_in_two_splits_of_two_tables_fails_the_summary(tmp_path, capsys):
+    row = "image,source,patient,split", "a.png,rsna,7,"
+    specs = [table_of(tmp_path / s, row[0], row[1] + s) for s in ("train", "test")]
+    assert data.main(["summary", "--no-copies", "--data", *specs]) == 1
+    assert "of all data sets: patient '7' of rsna is in" in capsys.readouterr().out
+
+
 def test_one_table_under_two_spellings_is_refused(specs):
     folder = specs["csv"].removesuffix("/table.csv")
     for other in (folder, specs["csv"], specs["csv"].replace("/table", "/./table")):
