@@ -26,30 +26,29 @@ import argparse
 import csv
 import gzip
 import hashlib
-import io
 import json
 import os
 import re
 import signal
-import struct
 import sys
 import tarfile
 import zipfile
-import zlib
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache, lru_cache, partial
-from itertools import chain
+from itertools import chain, count, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads sleep: 10 times as fast beside others
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -99,13 +98,21 @@ class Record:
 # -------------------------------------------------------------------------------------------------- labels
 
 
+PARENTS = {  # of the tree of CheXpert's labels (Irvin et al. 2019): who has a finding has its parents
+    "Cardiomegaly": {"Enlarged Cardiomediastinum"}, "Pneumonia": {"Consolidation", "Lung Opacity"},
+    **dict.fromkeys(("Atelectasis", "Consolidation", "Edema", "Lung Lesion"), {"Lung Opacity"}),
+}  # fmt: skip
+
+
 @cache  # a data set has few different label sets
 def settle_states(present, absent, uncertain, blank, policy):
     positive = {"ones": uncertain, "competition": {"Atelectasis", "Edema", "Pleural Effusion"}}
     present |= uncertain & positive.get(policy, frozenset())
     if policy != "ignore":
         absent |= uncertain - present
-    return present, absent | blank if present else absent
+    perhaps = (present | uncertain) - absent
+    parents = frozenset().union(*(PARENTS.get(finding, ()) for finding in perhaps))
+    return present, absent | blank - parents if present else absent
 
 
 def settle(record, policy):
@@ -115,11 +122,13 @@ def settle(record, policy):
     1                            present  present  present  present
     0                            absent   absent   absent   absent
     -1                           unknown  absent   present  present: atelectasis, edema, effusion; else absent
-    blank, beside a present one  absent   absent   absent   absent
+    blank, beside a present one  absent   absent   absent   absent; a parent: unknown
     blank, nothing present       unknown  unknown  unknown  unknown
 
     "zeros" is MedCLIP's policy, "competition" is GLoRIA's, "ignore" is ours: the loss and the metrics skip
-    what is unknown. An image without findings is not normal; its source has to say "No Finding".
+    what is unknown. A blank parent (see PARENTS) of what may be present is unknown: no negative, and no
+    positive that no labeler gave (ours). An image without findings is not normal; its source has to say
+    "No Finding".
     """
     r = record
     if not r.uncertain and not r.blank:
@@ -178,20 +187,28 @@ def hold_out(records, listed):
 # -------------------------------------------------------------------------------------------------- images
 
 MEAN, STD = 0.5, 0.25  # of grey values in 0 ... 1 (ours)
+PIXELS, RATIO, SIDE = 10**8, 50, 4096  # ten radiographs; longer than wide; longer than SIDE is shrunk
+ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm")
 
 
-def read_image(image):
+def read_image(image, about=None):
     """The image of a Record -> Pillow image of mode "L".
 
-    Raises BadInput: the file is missing, empty, cut short, or no image.
+    about: pixels a side that are enough; a JPEG is then read at some size above, which is faster.
+    Raises BadInput: the file is missing, empty, cut short, no PNG, JPEG, TIFF, BMP or DICOM, or too large.
     """
     if isinstance(image, np.ndarray):
         return Image.fromarray(image)
     image = Path(image)
     try:
+        if image.exists() and not image.is_file():
+            raise ValueError("no regular file")
         if image.suffix.lower() == ".dcm":
             return read_dicom(image)
-        with Image.open(image) as file:
+        with Image.open(image, formats=("PNG", "JPEG", "TIFF", "BMP")) as file:
+            check_sides(*file.size)
+            if about:
+                file.draft("L", (about, about))
             if not file.mode.startswith("I"):
                 return file.convert("L")
             grey = np.asarray(file).astype(np.float32) / 257  # 16 bits, which Pillow would clip at 255
@@ -200,7 +217,12 @@ def read_image(image):
         raise
     except Exception as error:  # neither library has one error for what it cannot read
         why = getattr(error, "strerror", None) or str(error).replace(f" {str(image)!r}", "")
-        raise BadInput(f"the image {image} cannot be read ({why})") from error
+        raise BadInput(f"the image {image} cannot be read ({' '.join(why.split())})") from error
+
+
+def check_sides(width, height):
+    if width * height > PIXELS or max(width, height) > RATIO * min(width, height):
+        raise ValueError(f"{width} x {height} pixels; at most {PIXELS:,}, and {RATIO} times as long as wide")
 
 
 def read_dicom(path):
@@ -211,6 +233,7 @@ def read_dicom(path):
     except ImportError as error:
         raise BadInput(f"{path} is a DICOM file: `pip install 'pydicom>=3'`, or convert it to PNG") from error
     file = pydicom.dcmread(path)
+    check_sides(file.Columns, file.Rows)
     grey = apply_voi_lut(apply_modality_lut(file.pixel_array, file), file).astype(np.float32)
     grey -= grey.min()
     grey *= 255 / max(grey.max(), 1e-6)
@@ -221,6 +244,8 @@ def read_dicom(path):
 
 def pad_to_square(image):
     """Pillow image -> (1, S, S) uint8 tensor, black on both sides of the shorter dimension."""
+    if max(image.size) > SIDE:  # padded, a long strip would fill the memory
+        image = ImageOps.contain(image, (SIDE, SIDE))
     width, height = image.size
     side = max(width, height)
     left, top = (side - width) // 2, (side - height) // 2
@@ -254,10 +279,10 @@ def training_transform(size, horizontal_flip=False):
     )
 
 
-def an_image_under(root):
-    names = (Path(folder, name) for folder, _, names in os.walk(root) for name in names)
-    endings = (".png", ".jpg", ".jpeg", ".dcm")
-    return next((path for path in names if path.suffix.lower() in endings), "no image")
+def image_files(root):
+    """Yields the paths of all image files below root."""
+    paths = (Path(folder, name) for folder, _, names in os.walk(root) for name in names)
+    return (path for path in paths if path.suffix.lower() in ENDINGS)
 
 
 def check_images(records, image_size):
@@ -272,7 +297,7 @@ def check_images(records, image_size):
             folder = next(parent for parent in paths[0].parents if parent.is_dir())
             raise BadInput(
                 f"none of the images of {source} is where its table says: {paths[0]} is not there, and what "
-                f"{folder} holds is {an_image_under(folder)}"
+                f"{folder} holds is {next(image_files(folder), 'no image')}"
             )
         for pack in {folder for path in paths for folder in path.parents[2:3]}:
             side = made_of(pack).get("image_size", image_size)
@@ -289,6 +314,15 @@ def ignore_signals(_worker):
         signal.signal(number, signal.SIG_IGN)
 
 
+def transformed(image, transform):
+    """The image of a Record as a tensor; raises BadInput where it cannot be read or transformed."""
+    pixels = read_image(image)
+    try:
+        return transform(pixels)
+    except Exception as error:
+        raise BadInput(f"the image {image} cannot be used ({error})") from error
+
+
 class Images(torch.utils.data.Dataset):
     """Records as (place in the list, (1, S, S) uint8 tensor or the BadInput of an unreadable image)."""
 
@@ -301,7 +335,7 @@ class Images(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         try:
-            return i, self.transform(read_image(self.records[i].image))
+            return i, transformed(self.records[i].image, self.transform)
         except BadInput as error:
             return i, BadInput(f"{error}; repair it, or leave it out by `python data.py pack`")
 
@@ -417,12 +451,35 @@ class Collate:
         )
 
 
+PATIENCE = 300  # seconds for one batch, for the `timeout` of loaders
+
+
 def readable(loader):
-    """The batches of a loader; raises the BadInput of an unreadable image."""
-    for batch in loader:
-        if isinstance(batch, BadInput):
-            raise batch
-        yield batch
+    """The batches of a loader; whoever stops early, or is stopped, leaves no loading process behind.
+
+    Raises BadInput: an image is unreadable, or a loading process was killed or stalled.
+    """
+    batches = iter(loader)
+    try:
+        for batch in batches:
+            if isinstance(batch, BadInput):
+                raise batch
+            yield batch
+    except BaseException as error:
+        end_workers(batches)
+        if isinstance(error, RuntimeError) and str(error).startswith("DataLoader"):
+            way_out = "the memory or the disk may be the reason; try fewer --workers"
+            raise BadInput(f"reading images stopped ({error}); {way_out}") from error
+        raise
+
+
+def end_workers(batches):
+    """Kills the loading processes of an iterator: they ignore SIGTERM, and one that is stuck never ends."""
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's own calls their end an error
+    for worker in getattr(batches, "_workers", ()):
+        worker.kill()
+        worker.join(1)
+    signal.signal(signal.SIGCHLD, handler)
 
 
 def to_device(batch, device):
@@ -721,18 +778,18 @@ def write_report(rng, drawn):
     return " ".join(sentences[i][0].upper() + sentences[i][1:] for i in rng.permutation(len(sentences)))
 
 
-def phantom(root, split):
+def phantom(root, split, limit=None):
     """Phantoms; root, if given, is their size in pixels. Half of the training images have no report.
 
     Training images have 0 to 3 findings. Those of the other splits have exactly one, each as often as the
     others, as in CheXpert-5x200.
     """
-    if root and not (root.isdecimal() and int(root) > 0):
-        raise BadInput(f"phantom={root}: what may follow the name is a size in pixels, such as phantom=224")
+    if root and not (root.isdecimal() and 0 < int(root) <= 2048):
+        raise BadInput(f"phantom={root}: what may follow the name is a size in pixels, at most phantom=2048")
     size = int(root or 64)
-    count = {"train": 6000, "valid": 500, "test": 1000}[split]
+    number = {"train": 6000, "valid": 500, "test": 1000}[split]
     records = []
-    for i in range(count):
+    for i in tqdm(range(min(number, limit or number)), "drawing phantoms", leave=False, delay=2):
         rng = np.random.default_rng([SPLITS.index(split), i])
         if split == "train":
             number = rng.choice(4, p=(0.15, 0.6, 0.2, 0.05))
@@ -754,10 +811,8 @@ def phantom(root, split):
 
 # ------------------------------------------------------------------------------------- tables and reports
 
-DAMAGE = (
-    AttributeError, EOFError, LookupError, OSError, RuntimeError, SyntaxError, TypeError, ValueError,
-    csv.Error, struct.error, tarfile.TarError, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
+# Bytes of an unpacked table and of one text or line: four times what the largest data set has.
+LARGEST, LONGEST = 2**31, 2**24
 
 
 @contextmanager
@@ -770,41 +825,85 @@ def reading(path, place=""):
     except FileNotFoundError as error:
         raise BadInput(f"{path} is not there; this data set needs it") from error
     except UnicodeError as error:
-        raise BadInput(f"{path}{place} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
-    except DAMAGE as error:
+        raise BadInput(f"{path}{place} is not UTF-8 text ({error}); save it as UTF-8") from error
+    except Exception as error:  # whatever unpacks or parses has errors of its own, and no list is complete
         if getattr(error, "errno", None):
             raise BadInput(f"{path} cannot be read ({error.strerror})") from error
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise BadInput(f"{path}{place} is cut short or damaged ({what}); get it again") from error
 
 
-def open_table(path):
-    """A text file, plain or as .gz or .zip."""
+def open_file(path):
+    """A file, plain or as .gz or .zip, to read its bytes."""
+    if path.exists() and not path.is_file():
+        raise BadInput(f"{path} is a folder, a pipe or a device; a file is needed")
     if path.suffix == ".zip":
         archive = zipfile.ZipFile(path)
-        return io.TextIOWrapper(archive.open(archive.namelist()[0]), "utf-8-sig", newline="")
-    return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="")
+        return archive.open(archive.namelist()[0])
+    return (gzip.open if path.suffix == ".gz" else open)(path, "rb")
+
+
+def read_whole(file, size=LONGEST):
+    """The bytes of a text; damaged or made to fill the memory where they are more."""
+    content = file.read(size)
+    if len(content) == size:
+        raise ValueError(f"more than {size:,} bytes")
+    return content
+
+
+def read_lines(path):
+    """Lines of a UTF-8 text file, plain or as .gz or .zip -> yields (number, line)."""
+    path, size, line = Path(path), 0, b""
+    with reading(path), open_file(path) as file:
+        for number in count(1):
+            with reading(path, f", line {number},"):
+                line = file.readline(LONGEST)
+                size += len(line)
+                if len(line) == LONGEST or size > LARGEST:
+                    raise ValueError(f"a line of {LONGEST:,} or a file of {LARGEST:,} bytes")
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            if not line:
+                return
+            yield number, text
+
+
+def shown(cell):
+    """A cell in an error: a state or a name, which has a digit and no blank. Others may be a report."""
+    known = len(cell) <= 12 or cell in CHEXPERT or re.fullmatch(r"\S*\d\S*", cell[:200])
+    return repr(cell[:200]) if known else f"of {len(cell)} letters"
+
+
+SWALLOWED = re.compile(r"\n[^\n]*\.(?:png|jpe?g|dcm|tiff?|bmp)[ \"]*(?:,|$)", re.IGNORECASE | re.MULTILINE)
 
 
 def read_table(path, columns=()):
     """Rows of a CSV file, plain or as .gz or .zip -> yields ("PATH, row N", {column: cell}).
 
-    Raises BadInput: no file, a column of `columns` is missing, or a row has too few or too many cells.
+    Raises BadInput: no file, a column of `columns` is missing, a row has too few or too many cells, or a
+    quotation mark swallows rows.
     """
-    path = Path(path)
-    with reading(path), open_table(path) as file:
-        rows = csv.DictReader(file)
-        header = rows.fieldnames or []
-        missing = [column for column in columns if column not in header]
-        if missing:
-            raise BadInput(f"{path} has no column {missing[0]!r}; it has {', '.join(header)}")
-        for name, count in Counter(filter(None, header)).most_common(1):
-            if count > 1:
-                raise BadInput(f"{path} has {count} columns {name!r}; keep one")
-        for number, row in enumerate(rows, 2):
-            if None in row or None in row.values():
-                raise BadInput(f"{path}, row {number}, has not as many cells as the header")
-            yield f"{path}, row {number}", row
+    rows, header = csv.reader((line for _, line in read_lines(path)), strict=True), []
+    for number in count(1):
+        where, line = f"{path}, row {number}", rows.line_num
+        with reading(path, f", row {number},"):
+            cells = next(rows, None)
+        if number == 1:
+            header = cells or []
+            there = ", ".join(name if len(name) <= 12 or name in CHEXPERT else "..." for name in header)
+            for name in columns:
+                if name not in header:
+                    raise BadInput(f"{path} has no column {name!r}; it has {there}")
+            for name, times in Counter(filter(None, header)).most_common(1):
+                if times > 1:
+                    raise BadInput(f"{path} has {times} columns {shown(name)}; keep one")
+        elif cells is None:
+            return
+        elif cells and len(cells) != len(header):
+            raise BadInput(f"{where}, has not as many cells as the header")
+        elif rows.line_num > line + 1 and any(map(SWALLOWED.search, cells)):
+            raise BadInput(f"{where}, goes on over the next rows: close its quotation mark")
+        elif cells:
+            yield where, dict(zip(header, cells, strict=True))
 
 
 def find(root, *patterns, deep=2):
@@ -829,13 +928,11 @@ def base_of(root, relatives):
 
 
 def images_under(root):
-    """{name without ending: path} of all image files below root; PNG and JPEG go before DICOM."""
+    """{name without ending: path} of all image files below root; a converted one goes before its DICOM."""
     files = {}
-    for folder, _, names in os.walk(root):
-        for name in names:
-            stem, ending = os.path.splitext(name)
-            if ending.lower() in (".png", ".jpg", ".jpeg") or ending.lower() == ".dcm" and stem not in files:
-                files[stem] = Path(folder, name)
+    for path in image_files(root):
+        if path.suffix.lower() != ".dcm" or path.stem not in files:
+            files[path.stem] = path
     return files
 
 
@@ -858,9 +955,8 @@ def four_states(names, values):
         if value in STATE_OF:
             states[STATE_OF[value]].add(name)
         elif value != NOT_ANNOTATED:
-            value = repr(value) if len(value) < 12 else f"of {len(value)} letters"  # it may be a report
             known = f"1, 0, -1, {NOT_ANNOTATED} and blank"
-            raise BadInput(f"column {name!r} has the value {value}, which is none of {known}")
+            raise BadInput(f"column {shown(name)} has the value {shown(value)}, which is none of {known}")
     return {state: interned(frozenset(group)) for state, group in states.items()}
 
 
@@ -878,16 +974,20 @@ def clean(text):
     Returns:
         str, or None where no word is left: an image without usable text has no report.
     """
-    text = re.sub(r"(?:^|(?<=[.:;])\s)\s*\d{1,2}[.)]\s", " ", text or "", flags=re.MULTILINE)
-    text = re.sub(r"[\w/'-]*(?:XXXX|___)[\w/'-]*", " ", text)
+    text = re.sub(r"(?:\A|(?<=[.:;])\s)\s*\d{1,2}[.)]\s", " ", text)
+    text = re.sub(r"[\w/'-]+", lambda word: " " if re.search("XXXX|___", word[0]) else word[0], text)
     text = " ".join(re.sub(r"\(\s*\)", " ", text).split())
-    text = re.sub(r"\s+(?=[.,;:)])", "", text).lstrip(" .,;:-")
-    return text if re.search(r"[^\W\d_]{2}", text) else None
+    return as_written(re.sub(r"\s+(?=[.,;:)])", "", text).lstrip(" .,;:-"))
+
+
+def as_written(text):
+    """A text without the blanks around it, or None where it has no word."""
+    return text.strip() if re.search(r"[^\W\d_]{2}", text) else None
 
 
 def join(*sections):
     """The cleaned sections, in this order, as one report, or None."""
-    return " ".join(filter(None, map(clean, sections))) or None
+    return " ".join(filter(None, map(clean, filter(None, sections)))) or None
 
 
 def pick_split(splits, split):
@@ -898,7 +998,7 @@ def pick_split(splits, split):
             first = owner.setdefault((r.source, r.patient), name)
             if first != name:
                 where = f"the splits {first!r} and {name!r}; each patient belongs in one"
-                raise SharedPatient(f"patient {r.patient} of {r.source} is in {where}")
+                raise SharedPatient(f"patient {shown(r.patient)} of {r.source} is in {where}")
     return splits[split]
 
 
@@ -941,11 +1041,11 @@ def chexpert_table(table, places=None):
     table, records = Path(table), []
     for where, row in read_table(table, CHEXPERT):
         states = row_states(where, row, CHEXPERT)
-        parts = (row.get("Path") or row.get("Study") or "").split("/")
+        path = row.get("Path") or row.get("Study") or ""
         depth = 4 if "Path" in row else 3
-        if len(parts) < depth:
-            raise BadInput(f"{where}: {'/'.join(parts)!r} is no path of CheXpert")
-        split, patient, study, *file = parts[-depth:]
+        if path.count("/") < depth - 1:
+            raise BadInput(f"{where}: the path {shown(path)} is none of CheXpert's")
+        split, patient, study, *file = path.split("/")[-depth:]
         folder = f"{(places or {}).get(patient, f'{table.parent}/{split}/{patient}')}/{study}"
         if not file and not os.path.isdir(folder):
             raise BadInput(f"{where}: the study {folder} is not there; unpack the test images")
@@ -956,6 +1056,13 @@ def chexpert_table(table, places=None):
             image, known = Path(f"{folder}/{name}"), {"id": f"{split}/{patient}/{study}/{name}", "view": view}
             records.append(Record(image, None, patient=patient, source="chexpert", **known, **states))
     return records
+
+
+def dicom_view(position):
+    """View Position of a DICOM file -> one of VIEWS; it may be oblique or blank."""
+    if position in ("PA", "AP"):
+        return position
+    return "LATERAL" if "LATERAL" in position or position in ("LL", "RL") else "UNKNOWN"
 
 
 def mimic_cxr(root, split):
@@ -974,28 +1081,24 @@ def mimic_cxr(root, split):
 
 def mimic_table(metadata, *splits):
     """Records of the images in these official splits, without report; the other two tables lie beside."""
-    metadata = Path(metadata)
-    table = {
-        name: find(metadata.parent, f"mimic-cxr-2.*-{name}.csv*", deep=0)
-        or Path(metadata.parent, f"mimic-cxr-2.0.0-{name}.csv.gz")
-        for name in ("split", "chexpert")
-    }
+
+    def beside(name):
+        default = Path(metadata.parent, f"mimic-cxr-2.0.0-{name}.csv.gz")
+        return find(metadata.parent, f"mimic-cxr-2.*-{name}.csv*", deep=0) or default
+
+    metadata, records = Path(metadata), []
     next(read_table(metadata), None)  # where the folder is wrong, name this table, not those beside it
-    rows = read_table(table["split"], ("dicom_id", "split"))
+    rows = read_table(beside("split"), ("dicom_id", "split"))
     chosen = {row["dicom_id"] for _, row in rows if row["split"] in splits}
-    rows = read_table(table["chexpert"], ("study_id", *CHEXPERT))
+    rows = read_table(beside("chexpert"), ("study_id", *CHEXPERT))
     labels = {row["study_id"]: row_states(where, row, CHEXPERT) for where, row in rows}
-    records = []
     for _, row in read_table(metadata, ("dicom_id", "subject_id", "study_id", "ViewPosition")):
-        if row["dicom_id"] not in chosen:
-            continue
-        patient, study, view = f"p{row['subject_id']}", f"s{row['study_id']}", row["ViewPosition"]
-        if view not in ("PA", "AP"):  # what is neither frontal nor lateral is oblique or not noted
-            view = "LATERAL" if "LATERAL" in view or view in ("LL", "RL") else "UNKNOWN"
-        id = f"files/{patient[:3]}/{patient}/{study}/{row['dicom_id']}.jpg"
-        known = {"patient": patient, "source": "mimic-cxr", "id": id, "view": view}
-        states = labels.get(row["study_id"], {"findings": frozenset()})  # a few studies have no labels
-        records.append(Record(Path(id), None, **known, **states))
+        if row["dicom_id"] in chosen:
+            patient, study = f"p{row['subject_id']}", f"s{row['study_id']}"
+            id = f"files/{patient[:3]}/{patient}/{study}/{row['dicom_id']}.jpg"
+            known = {"source": "mimic-cxr", "id": id, "view": dicom_view(row["ViewPosition"])}
+            states = labels.get(row["study_id"], {"findings": frozenset()})  # a few studies have no labels
+            records.append(Record(Path(id), None, patient=patient, **known, **states))
     return records
 
 
@@ -1005,23 +1108,24 @@ def mimic_reports(root, studies):
     Impression before findings, so that cutting a long text does not cut the conclusion (ours).
     """
     archive = find(root, "mimic-cxr-reports.zip")
-    base = base_of(root, [f"{study}.txt" for study in studies[:: len(studies) // 50 + 1]])
+    base = archive or base_of(root, [f"{study}.txt" for study in studies[:: len(studies) // 50 + 1]])
     reports = {}
-    with reading(archive or base):
+    with reading(base):
         files = zipfile.ZipFile(archive) if archive else None
-        for study in studies if archive or base else ():
+        for study in studies if base else ():
             try:
-                text = files.read(f"{study}.txt") if files else Path(base, f"{study}.txt").read_bytes()
+                file = files.open(f"{study}.txt") if files else open_file(Path(base, f"{study}.txt"))
             except (KeyError, FileNotFoundError):
                 continue
-            part = report_sections(text.decode("utf-8", "replace")).get
+            with reading(base, f", {study}.txt,"), file:
+                part = report_sections(read_whole(file).decode()).get
             reports[study] = join(part("impression"), part("findings")) or join(part("last_paragraph"))
     return reports
 
 
 TITLE = re.compile(r"\n ([A-Z ()/,-]+):\s")
 FINDINGS_TITLE = re.compile(
-    r"findings?\b|(chest|portable|bedside|upright|supine|single|two|frontal|views?|pa|ap)\b"
+    "(findings?|chest|portable|bedside|upright|supine|single|two|frontal|views?|pa|ap)\\b"
 )
 
 
@@ -1091,7 +1195,7 @@ def rsna_table(table):
 def openi(root, split):
     """Open-I: reports and MeSH headings from the XML or Kaggle's tables; splits by patient, one a report."""
     images, records = images_under(root), []
-    for report in openi_reports(root):
+    for report in openi_tables(root) or openi_xml(root):
         states = mesh_states(report["headings"])
         text = join(report["impression"], report["findings"])
         for id, view in report["images"].items():
@@ -1100,47 +1204,60 @@ def openi(root, split):
     return pick_split(split_by_patient(records), split)
 
 
-def openi_reports(root):
-    """Reports of Open-I, from indiana_reports.csv, ecgen-radiology/ or NLMCXR_reports.tgz.
+def openi_tables(root):
+    """Reports of Open-I from Kaggle's two tables; none where indiana_reports.csv is not there.
 
     Returns:
         [{"id", "findings", "impression": str, "headings": list of str, "images": {name: view}}, ...]; an
-        image's name is its file's without ending, and the XML does not say the view.
+        image's name is its file's without ending.
     """
-    table, images, texts = find_table(root, "indiana_reports.csv"), {}, {}
-    if table.exists():
-        projections = find_table(root, "indiana_projections.csv")
-        for _, row in read_table(projections, ("uid", "filename", "projection")):
-            name = os.path.splitext(row["filename"])[0]
-            images.setdefault(row["uid"], {})[name] = row["projection"].upper()
-        return [
-            {"id": row["uid"], "headings": row["MeSH"].split(";"), "images": images.get(row["uid"], {})}
-            | {name: row[name].strip() for name in ("findings", "impression")}
-            for _, row in read_table(table, ("uid", "MeSH", "findings", "impression"))
-        ]
-    source = find(root, "ecgen-radiology") or find(root, "NLMCXR_reports.tgz")
-    if not source:
-        raise BadInput(
-            f"{root} has neither ecgen-radiology/ nor NLMCXR_reports.tgz nor indiana_reports.csv; "
-            "openi needs one of them"
-        )
-    with reading(source):
-        if source.is_dir():
-            texts = {path.name: path.read_bytes() for path in source.glob("*.xml")}
-        else:
-            with tarfile.open(source) as files:
-                for file in (file for file in files if file.name.endswith(".xml")):
-                    texts[os.path.basename(file.name)] = files.extractfile(file).read()
-    reports = []
-    for name in sorted(texts, key=lambda name: (len(name), name)):  # 2.xml before 10.xml
-        with reading(source / name):
-            tree = ElementTree.fromstring(texts[name])
-        text = {part.get("Label"): (part.text or "").strip() for part in tree.iter("AbstractText")}
-        headings = [heading.text or "" for heading in tree.iter("major")]
-        views = {image.get("id"): "" for image in tree.iter("parentImage")}
-        report = {"id": os.path.splitext(name)[0], "headings": headings, "images": views}
-        reports.append(report | {each: text.get(each.upper(), "") for each in ("findings", "impression")})
+    table, images = find_table(root, "indiana_reports.csv"), {}
+    if not table.exists():
+        return []
+    projections = find_table(root, "indiana_projections.csv")
+    for _, row in read_table(projections, ("uid", "filename", "projection")):
+        name = os.path.splitext(row["filename"])[0]
+        images.setdefault(row["uid"], {})[name] = row["projection"].upper()
+    return [
+        {**row, "id": row["uid"], "headings": row["MeSH"].split(";"), "images": images.get(row["uid"], {})}
+        for _, row in read_table(table, ("uid", "MeSH", "findings", "impression"))
+    ]
+
+
+def openi_xml(root):
+    """The same from ecgen-radiology/ or NLMCXR_reports.tgz, the views from nlmcxr_dicom_metadata.csv."""
+    table, reports = find_table(root, "nlmcxr_dicom_metadata.csv"), []
+    rows = read_table(table, ("imageid", "View Position")) if table.exists() else ()
+    views = {row["imageid"]: row["View Position"] and dicom_view(row["View Position"]) for _, row in rows}
+    for path, text in openi_files(root):
+        with reading(path):
+            tree = ElementTree.fromstring(text)
+        section = {part.get("Label"): part.text for part in tree.iter("AbstractText")}
+        report = {"id": path.stem, "headings": [heading.text or "" for heading in tree.iter("major")]}
+        names = [image.get("id") for image in tree.iter("parentImage")]
+        # The first report alone has one number more in the XML than in the table.
+        report["images"] = {name: views.get(name.replace("CXR1_1_", "CXR1_"), "") for name in names}
+        reports.append(report | {each: section.get(each.upper()) for each in ("findings", "impression")})
     return reports
+
+
+def openi_files(root):
+    """[(path, bytes), ...] of the XML files in the order of their numbers."""
+    folder, archive, texts = find(root, "ecgen-radiology"), find(root, "NLMCXR_reports.tgz"), {}
+    if folder:
+        for path in folder.glob("*.xml"):
+            with reading(path), open_file(path) as file:
+                texts[path] = read_whole(file)
+    elif archive:
+        with reading(archive), tarfile.open(archive) as files:
+            for member in files:
+                if member.isfile() and member.name.endswith(".xml"):
+                    path = archive / os.path.basename(member.name)
+                    texts[path] = read_whole(files.extractfile(member))
+    else:
+        needed = "ecgen-radiology/ nor NLMCXR_reports.tgz nor indiana_reports.csv"
+        raise BadInput(f"{root} has neither {needed}; openi needs one of them")
+    return sorted(texts.items(), key=lambda item: (len(item[0].name), item[0].name))  # 2.xml before 10.xml
 
 
 MESH = {  # finding -> MeSH headings; other headings say nothing that the chest X-ray data sets share
@@ -1207,23 +1324,18 @@ def nih_chestxray14(root, split):
     table = find_table(root, "Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
     rows = [row for _, row in read_table(table, ("Image Index", "Finding Labels", "Patient ID"))]
     places = images_under(root)  # images/, or images_001/images to images_012/images in Kaggle's copy
-    called = {
-        "Effusion": "Pleural Effusion",
-        "Pleural_Thickening": "Pleural Thickening",
-    }  # by other data sets
-    named = [interned(frozenset(called.get(n, n) for n in row["Finding Labels"].split("|"))) for row in rows]
-    annotated = frozenset().union(*named)
-    records = []
-    for row, present in zip(rows, named, strict=True):
+    elsewhere = {"Effusion": "Pleural Effusion", "Pleural_Thickening": "Pleural Thickening"}
+    named = [frozenset(elsewhere.get(n, n) for n in row["Finding Labels"].split("|")) for row in rows]
+    annotated, records = frozenset().union(*named), []
+    for row, present in zip(rows, map(interned, named), strict=True):
         id, patient, absent = row["Image Index"], row["Patient ID"], interned(annotated - present)
         image = places.get(os.path.splitext(id)[0], Path(root, "images", id))
         view = row.get("View Position") or "FRONTAL"  # all are frontal
         records.append(Record(image, None, present, patient, "nih-chestxray14", absent, id=id, view=view))
     official = Path(root, "test_list.txt")
-    if not official.is_file():
+    if not official.exists():
         return pick_split(split_by_patient(records), split)
-    with reading(official):
-        test = set(official.read_text(encoding="utf-8").split())
+    test = {line.strip() for _, line in read_lines(official)}
     splits = split_by_patient([r for r in records if r.id not in test], shares=(0.9, 0.1, 0.0))
     return pick_split({**splits, "test": [r for r in records if r.id in test]}, split)
 
@@ -1238,7 +1350,7 @@ def covid_chestxray(root, split):
         names -= {"", "todo", "Unknown"}
         if row["modality"] != "X-ray" or not row["view"].startswith(("PA", "AP")) or not names:
             continue
-        id, notes = f"{row['folder']}/{row['filename']}", row["clinical_notes"].strip() or None
+        id, notes = f"{row['folder']}/{row['filename']}", as_written(row["clinical_notes"])
         known = {"patient": row["patientid"], "source": "covid-chestxray", "id": id, "view": row["view"][:2]}
         records.append(Record(Path(root, id), notes, frozenset(names), **known))
     return pick_split(split_by_patient(records), split)
@@ -1250,58 +1362,95 @@ def medpix2(root, split):
     splits = {name: [] for name in SPLITS}
     for name, file in {"train": "train", "valid": "dev", "test": "test"}.items():
         path = Path(root, "splitted_dataset", f"descriptions_{file}.jsonl")
-        with reading(path):
-            lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
-        for number, line in enumerate(lines, 1):
+        for number, line in read_lines(path):
             with reading(path, f", line {number},"):
                 row = json.loads(line)
                 id, case, category = row["image"], row["U_id"], row["Location Category"]
-                image, report = Path(root, "images", id + ".png"), row["Description"]["Caption"] or ""
-                present, absent = frozenset({category}), frozenset(categories - {category})
-                report = report.strip() or None
-            splits[name].append(Record(image, report, present, case, "medpix2", absent, id=id))
+                report = row["Description"]["Caption"] or ""
+                for text in (id, case, category, report):
+                    text.encode()  # JSON can hold other things than text, and halves of letters
+            image, absent = Path(root, "images", id + ".png"), interned(frozenset(categories - {category}))
+            known = {"patient": case, "source": "medpix2", "absent": absent, "id": id}
+            splits[name].append(Record(image, as_written(report), frozenset({category}), **known))
     return pick_split(splits, split)
 
 
-CSV_COLUMNS = ("image", "id", "source", "patient", "split", "view", "report", "report_as_is")
+CSV_COLUMNS = ("image", "id", "source", "patient", "split", "view", "report")
 
 
 def csv_table(table, split):
     """A table of your own, or FOLDER for FOLDER/table.csv. Only `image` is needed; a blank cell is no cell.
 
-    image         path, relative to the table
-    id            name in lists of protocols; else the path
-    source        name of the data set that it is from; else csv
-    patient       else each image is a patient
-    split         train, valid or test; without this column, splits are drawn by patient
-    view          one of VIEWS
-    report        text, of which `clean` takes redaction marks and list numbers
-    report_as_is  text that is not changed
-    others        findings: 1 present, 0 absent, -1 uncertain, blank not mentioned, "unknown" not annotated
+    image     path, relative to the table
+    id        name in lists of protocols; else the path
+    source    name of the data set that it is from; else csv
+    patient   else each image is a patient
+    split     train, valid or test; without this column, splits are drawn by patient
+    view      one of VIEWS
+    report    text, as it stands
+    finding   or label: names between bars, as "Edema|Pneumonia"; the others of the table are absent
+    others    findings: 1 present, 0 absent, -1 uncertain, blank not mentioned, "unknown" not annotated
+
+    Columns with other cells are left out, which a note says.
     """
-    table, parts, records, names = Path(table), {name: [] for name in SPLITS}, [], ()
-    if table.is_dir():
-        table = table / "table.csv"
-        if (table.parent / PACK).is_file() and not table.is_file():
+    table, parts, records = table_of(f"csv={table}"), {name: [] for name in SPLITS}, []
+    if not table.is_file():
+        if (table.parent / PACK).is_file():
             raise BadInput(f"the pack {table.parent} is not finished; the command that began it goes on")
+        raise BadInput(f"{table} is not there; write csv=TABLE, or csv=FOLDER for FOLDER/table.csv")
     called = {"validate": "valid", "validation": "valid", "val": "valid", "dev": "valid"}
-    for where, row in read_table(table, CSV_COLUMNS[:1]):
-        names = names or tuple(name for name in row if name not in CSV_COLUMNS)
+    names, text, listed = finding_columns(table)
+    for where, row in read_table(table):
         cell = {name: row.get(name, "").strip() for name in CSV_COLUMNS}
         image, view, part = cell["image"], cell["view"].upper(), cell["split"].lower()
-        if not image:
-            raise BadInput(f"{where}, names no image")
+        if Path(image).suffix.lower() not in ENDINGS:
+            raise BadInput(f"{where}, names no image, that is no file that ends with {', '.join(ENDINGS)}")
         if view and view not in VIEWS:
-            raise BadInput(f"{where}: the view {cell['view']!r} is none of {', '.join(VIEWS)}")
+            raise BadInput(f"{where}: the view {shown(cell['view'])} is none of {', '.join(VIEWS)}")
         if "split" in row and called.get(part, part) not in parts:
-            raise BadInput(f"{where}: the split {cell['split']!r} is none of {', '.join(SPLITS)}")
+            raise BadInput(f"{where}: the split {shown(cell['split'])} is none of {', '.join(SPLITS)}")
+        states = row_states(where, row, names)
+        if text and (present := names_in(row[text])):
+            absent = interned(states["absent"] | listed - present)
+            states = states | {"findings": interned(states["findings"] | present), "absent": absent}
         known = {"patient": cell["patient"] or image, "source": cell["source"] or "csv"}
-        known |= {"id": cell["id"] or image, "view": view} | row_states(where, row, names)
-        report = row["report_as_is"] if cell["report_as_is"] else clean(cell["report"])
+        known |= {"id": cell["id"] or image, "view": view} | states
+        report = as_written(cell["report"])
         records.append(Record(Path(table.parent, image), report, **known))
         if "split" in row:
             parts[called.get(part, part)].append(records[-1])
     return pick_split(parts if any(parts.values()) else split_by_patient(records), split)
+
+
+def names_in(cell):
+    """ "Edema|Pneumonia" -> frozenset of names."""
+    return frozenset(filter(None, map(str.strip, cell.split("|"))))
+
+
+def finding_columns(table):
+    """Where a user's table says its findings -> columns of states, column of names or None, these names."""
+    header, odd, listed = (), {}, {"finding": set(), "label": set()}
+    for where, row in read_table(table, CSV_COLUMNS[:1]):
+        header = header or tuple(name for name in row if name not in CSV_COLUMNS)
+        for name in header:
+            if row[name].strip() not in (*STATE_OF, NOT_ANNOTATED):
+                odd.setdefault(name, f"{shown(name)} ({where.rpartition(', ')[2]}: {shown(row[name])})")
+        for name in listed.keys() & row.keys():
+            listed[name] |= names_in(row[name])
+    names = tuple(name for name in header if name not in odd)
+    text = next((name for name in listed if name in odd and max(map(len, listed[name])) < 60), None)
+    odd.pop(text, None)
+    if odd:
+        few = ", ".join([*odd.values()][:5])
+        note(f"{table}: {len(odd)} columns are left out, as they have other cells than labels: {few}")
+    return names, text, frozenset(listed.get(text, ()))
+
+
+@cache
+def note(sentence):
+    """Says something once, and only in the first process of a run."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {sentence}", file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------- protocols
@@ -1384,10 +1533,6 @@ def gloria_part(split, records, seed):
     return gloria_split(records, seed)[split]
 
 
-def covid_normal(folder):
-    return [record for record in covid_folders(folder) if record.findings & {"COVID-19", NO_FINDING}]
-
-
 PROTOCOLS = {
     "chexpert-5x200": Protocol("CheXpert's train.csv", chexpert_table, gloria_5x200),
     "chexpert-5x200-medclip": Protocol("CheXpert's train.csv", chexpert_table, medclip_5x200, 42),
@@ -1401,7 +1546,7 @@ PROTOCOLS = {
     **{f"rsna-gloria-{split}": rsna_protocol(partial(gloria_part, split)) for split in SPLITS},
     "covid-normal": Protocol(
         "the folder of COVID-19 Radiography",
-        covid_normal,
+        lambda folder: [r for r in covid_folders(folder) if r.findings & {"COVID-19", NO_FINDING}],
         lambda records, seed: balanced(records, "COVID-19", seed, 3000),
         42,
     ),
@@ -1413,21 +1558,33 @@ def ids_sha256(ids):
     return hashlib.sha256("\n".join(ids).encode()).hexdigest()
 
 
-def write_ids(path, ids):
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text("\n".join(ids), encoding="utf-8", newline="")
+@contextmanager
+def replacing(path, mode="x", permissions=0o666):
+    """A file to write that takes the place of the old one when it is whole; it never follows a link."""
+    temporary = f"{path}.tmp"
+    Path(temporary).unlink(missing_ok=True)
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    with open(temporary, mode, opener=partial(os.open, mode=permissions), **text) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def write_ids(path, ids):
+    with replacing(path) as file:
+        file.write("\n".join(ids))
 
 
 def read_ids(path):
     """Ids of a protocol's list."""
+    way_out = "`python data.py protocol` writes one"
     try:
-        ids = [id.strip() for id in Path(path).read_text(encoding="utf-8").split("\n") if id.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        way_out = "`python data.py protocol` writes one"
-        raise BadInput(f"the list {path} cannot be read ({error}); {way_out}") from error
+        ids = [id for _, line in read_lines(path) if (id := line.strip())]
+    except BadInput as error:
+        raise BadInput(f"the list {path} cannot be read ({error}); {way_out}") from None
     if not ids:
-        raise BadInput(f"the list {path} is empty; `python data.py protocol` writes one")
+        raise BadInput(f"the list {path} is empty; {way_out}")
     return ids
 
 
@@ -1436,6 +1593,8 @@ def read_ids(path):
 # A pack is a folder that holds images/, grey PNG files, and table.csv in the form that `csv_table` reads.
 
 PACK = "pack.json"  # what the pack is made of; it is written first, the table last
+OMITTED = "left_out.csv"  # images that are not in the table, for lists that name them
+private_file = partial(replacing, permissions=0o600)  # packs hold reports and pictures of patients
 
 
 def made_of(folder):
@@ -1443,6 +1602,16 @@ def made_of(folder):
     note = folder / PACK
     with reading(note):
         return dict(json.loads(note.read_text())) if note.is_file() else {}
+
+
+def in_processes(work, jobs, workers):
+    """Calls work([job, ...]) -> [result, ...] in loading processes, with a bar; yields results in order."""
+    options = {"collate_fn": work, "num_workers": workers, "timeout": PATIENCE if workers else 0}
+    loader = torch.utils.data.DataLoader(jobs, batch_size=16, worker_init_fn=ignore_signals, **options)
+    with tqdm(total=len(jobs), unit="image", mininterval=1, delay=2) as bar:
+        for results in readable(loader):
+            yield from results
+            bar.update(len(results))
 
 
 def pack_images(side, jobs):
@@ -1456,11 +1625,10 @@ def pack_images(side, jobs):
             if read_image(file).size == (side, side):
                 return None
         try:
-            pixels = evaluation_transform(side)(read_image(image))
+            pixels = transformed(image, evaluation_transform(side))
             file.parent.mkdir(exist_ok=True, parents=True)
-            temporary = file.with_suffix(".tmp")
-            v2.functional.to_pil_image(pixels).save(temporary, "PNG")
-            os.replace(temporary, file)
+            with private_file(file, "xb") as png:
+                v2.functional.to_pil_image(pixels).save(png, "PNG")
         except (BadInput, OSError) as error:
             return error
 
@@ -1470,8 +1638,7 @@ def pack_images(side, jobs):
 def pack_rows(chosen):
     """[(split, record), ...] -> rows of a pack's table, the header first."""
     names = sorted(set().union(*(getattr(r, state) for _, r in chosen for state in STATES)))
-    columns = ["image", "id", "source", "patient", "split", "view", "report_as_is"]
-    rows = [[*columns, *names]]
+    rows = [["image", "id", "source", "patient", "split", "view", "report", *names]]
     for n, (split, r) in enumerate(chosen):
         cells = {name: cell for state, cell in CELLS.items() for name in getattr(r, state)}
         labels = [cells.get(name, NOT_ANNOTATED) for name in names]
@@ -1485,15 +1652,15 @@ def pack(data, out, *, side, views=FRONTAL, workers=2, max_bad=100):
 
     data: as for read_records. out: folder. side: pixels a side. views: those to keep.
     workers: processes that read images. max_bad: number of images that may be unreadable.
-    Returns (number of images in the table, sentences on those left out, which are also in bad.txt).
+    Returns (number of images in the table, sentences on those that cannot be read, also in bad.txt).
     Raises BadInput: the folder holds something else, a patient is in two splits, or too much is unreadable.
     """
     out = Path(out)
-    splits = {split: in_views(chain(*read_records(data, split).values()), views) for split in SPLITS}
-    for records in splits.values():
-        refuse_repeats(records, " and ".join(data))
+    splits = {split: list(chain(*read_records(data, split).values())) for split in SPLITS}
     pick_split(splits, SPLITS[0])  # csv_table would refuse a patient in two splits, so do it before the work
-    chosen = [(split, r) for split, records in splits.items() for r in records]
+    refuse_repeats(chain(*splits.values()), " and ".join(data))
+    kept = {split: in_views(records, views) for split, records in splits.items()}
+    chosen = [(split, r) for split, records in kept.items() for r in records]
     check_images([r for _, r in chosen], 0)
     rows = pack_rows(chosen)
     records = hashlib.sha256("\n".join(map(repr, rows)).encode()).hexdigest()
@@ -1503,20 +1670,19 @@ def pack(data, out, *, side, views=FRONTAL, workers=2, max_bad=100):
         if any(out.iterdir()):
             what = f"{out} holds something else, or a pack of other data or another size"
             raise BadInput(f"{what}; give another --out or delete it")
-        (out / PACK).write_text(json.dumps(made))
+        with private_file(out / PACK) as file:
+            json.dump(made, file)
     jobs = [(r.image, out / row[0]) for (_, r), row in zip(chosen, rows[1:], strict=True)]
-    options = {"collate_fn": partial(pack_images, side), "worker_init_fn": ignore_signals}
-    loader = torch.utils.data.DataLoader(jobs, batch_size=16, num_workers=workers, **options)
-    errors = tqdm(chain.from_iterable(loader), total=len(jobs), unit="image", mininterval=1)
     bad = {}
-    for row, error in zip(rows[1:], errors, strict=True):
+    for row, error in zip(rows[1:], in_processes(partial(pack_images, side), jobs, workers), strict=True):
         if isinstance(error, BadInput):
             bad[row[0]] = str(error)
             if len(bad) > max_bad:
                 break
         elif error:
             raise error
-    (out / "bad.txt").write_text("".join(f"{sentence}\n" for sentence in bad.values()))
+    with private_file(out / "bad.txt") as file:
+        file.write("".join(f"{sentence}\n" for sentence in bad.values()))
     if len(bad) > max_bad:
         raise BadInput(
             f"{len(bad)} images cannot be read, more than --max-bad {max_bad}; {out / 'bad.txt'} names them. "
@@ -1524,13 +1690,88 @@ def pack(data, out, *, side, views=FRONTAL, workers=2, max_bad=100):
         )
     if len(bad) == len(jobs):
         raise BadInput(f"there is nothing to pack: none of the {len(jobs)} images can be read")
-    temporary = out / "table.csv.tmp"
-    private = partial(os.open, mode=0o600)  # it holds reports
-    with open(temporary, "w", encoding="utf-8", newline="", opener=private) as file:
+    other = set(chain(*splits.values())) - set(chain(*kept.values()))
+    left = [[r.id, r.source, r.patient, f"its view is {r.view}, see pack --views"] for r in other]
+    left += [[*row[1:4], bad[row[0]]] for row in rows if row[0] in bad]
+    with private_file(out / OMITTED) as file:
+        csv.writer(file).writerows([["id", "source", "patient", "reason"], *sorted(left)])
+    with private_file(out / "table.csv") as file:
         csv.writer(file).writerows(row for row in rows if row[0] not in bad)
-        os.fsync(file.fileno())
-    os.replace(temporary, out / "table.csv")
     return len(jobs) - len(bad), list(bad.values())
+
+
+def left_out(data):
+    """Images that packs among the data sets leave out -> {Record without image: the reason}."""
+    found = {}
+    for table in (table_of(spec) for spec in data if spec.startswith("csv=")):
+        if (table.parent / OMITTED).is_file():
+            for _, row in read_table(table.parent / OMITTED, ("id", "source", "patient", "reason")):
+                record = Record(None, None, frozenset(), row["patient"], row["source"], id=row["id"])
+                found[record] = row["reason"]
+    return found
+
+
+# -------------------------------------------------------------------------------------------------- copies
+#
+# Collections are made out of each other. A difference hash finds an image again that was shrunk, compressed,
+# brightened or cropped a little: is each cell of a 16 x 16 grid brighter than its left neighbour?
+
+SAME = 20  # of 256 bits; it finds 268 of covid-chestxray's 652 images again in covid-radiography
+
+
+def picture_hashes(images):
+    """Images of Records -> [(256,) float32 of 1 and -1, ...]; 0 where there is nothing to see."""
+    hashes = []
+    for image in images:
+        try:
+            cells = read_image(image, 64).resize((17, 16), Image.Resampling.BOX)
+            bits = np.where(np.diff(np.asarray(cells, np.int16)) > 0, 1, -1).astype(np.float32).ravel()
+        except BadInput:
+            bits = np.zeros(256, np.float32)
+        hashes.append(bits * (abs(bits.sum()) <= 256 - 2 * SAME))
+    return hashes
+
+
+def near_pairs(one, other):
+    """(N, 256) and (M, 256) hashes -> yields (rows, columns) of near copies, for a block at a time."""
+    of_one, of_other = (np.flatnonzero(hashes.any(1)) for hashes in (one, other))
+    for i, j in product(range(0, len(of_one), 2048), range(0, len(of_other), 2048)):
+        rows, columns = of_one[i : i + 2048], of_other[j : j + 2048]
+        # The product is the number of equal bits less that of different ones.
+        near_row, near_column = np.nonzero(one[rows] @ other[columns].T >= 256 - 2 * SAME)
+        yield rows[near_row], columns[near_column]
+
+
+def hashes_of(records, workers=0):
+    found = list(in_processes(picture_hashes, [record.image for record in records], workers))
+    return np.stack(found) if found else np.zeros((0, 256), np.float32)
+
+
+def near_copies(records, listed, workers=0):
+    """The records whose image is a near copy of a listed one, the listed ones included -> list.
+
+    workers: processes that read the images.
+    """
+    listed = hashes_of([record for record in listed if record.image is not None], workers)
+    rows = {row for rows, _ in near_pairs(hashes_of(records, workers), listed) for row in rows.tolist()}
+    return [records[row] for row in sorted(rows)]
+
+
+def print_copies(found, workers):
+    """Prints near copies among [(data set, split, record), ...] -> 1 if one is in train and test, else 0."""
+    hashes, number, examples = hashes_of([record for *_, record in found], workers), Counter(), {}
+    for rows, columns in near_pairs(hashes, hashes):
+        for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
+            if row < column:
+                both = found[row][:2], found[column][:2]
+                number[both] += 1
+                pair = f"    {found[row][2].image} = {found[column][2].image}"
+                examples.setdefault(both, []).extend([pair] if number[both] <= 3 else [])
+    print(f"near copies (at most {SAME} of 256 bits of a difference hash differ): {number.total():,} pairs")
+    for both, times in number.items():
+        print(f"  {times:,} in {' and '.join(map(' '.join, dict.fromkeys(both)))}")
+        print("\n".join(examples[both]))
+    return int(any({one[1], other[1]} == {"train", "test"} for one, other in number))
 
 
 # ----------------------------------------------------------------------------------------------- data sets
@@ -1548,26 +1789,54 @@ DATASETS = {
 }  # fmt: skip
 
 
-def read_records(data, split):
-    """Records of several data sets as their sources have them: all views, four states.
+def table_of(spec):
+    """The root of "NAME=ROOT"; where it is the folder of a csv table, that table."""
+    root = Path(spec.partition("=")[2])
+    return root / "table.csv" if spec.startswith("csv=") and root.is_dir() else root
 
-    data: ["NAME" or "NAME=ROOT", ...] with names of DATASETS. split: one of SPLITS.
-    Returns {spec: records}, some perhaps empty.
-    Raises BadInput: an unknown name, a root that cannot be read, one id for two images.
-    """
-    records = {}
+
+def check_specs(data):
+    """Raises BadInput: what --data names cannot be a data set, or is one of the others again."""
+    places = {}
     for spec in data:
         name, _, root = spec.partition("=")
         if name not in DATASETS:
-            raise BadInput(f"unknown data set {name!r}; known are {', '.join(DATASETS)}")
-        if name != "phantom":
-            if not root:
-                raise BadInput(f"{name} needs its folder: --data {name}=FOLDER")
-            if not (Path(root).is_dir() or name == "csv"):
-                raise BadInput(f"the folder {root} of {name} is not there")
-        records[spec] = DATASETS[name](root, split)
-        refuse_repeats(records[spec], f"{name} in its split {split!r}")
-    return records
+            way_out = f"; write NAME={name} or csv=TABLE" if os.path.exists(name) else ""
+            raise BadInput(f"unknown data set {name!r}; known are {', '.join(DATASETS)}{way_out}")
+        if name != "phantom" and not root:
+            raise BadInput(f"{name} needs its folder: --data {name}=FOLDER")
+        if name not in ("phantom", "csv") and not Path(root).is_dir():
+            raise BadInput(f"the folder {root} of {name} is not there")
+        places.setdefault((name, os.path.realpath(table_of(spec))), []).append(spec)
+    for specs in places.values():
+        if len(specs) > 1:
+            raise BadInput(f"{' and '.join(specs)} are one data set; name it once")
+
+
+def read_records(data, split, limit=None):
+    """Records of several data sets as their sources have them: all views, four states.
+
+    data: ["NAME" or "NAME=ROOT", ...] with names of DATASETS. split: one of SPLITS, or "all".
+    limit: of phantoms, which have to be drawn, the first so many alone.
+    Returns {spec: records}, some perhaps empty.
+    Raises BadInput: an unknown name, a root that cannot be read, one id for two images, or a patient in two
+    splits, also where a table and another data set share a source.
+    """
+    check_specs(data)
+
+    def read(spec, split):
+        name, _, root = spec.partition("=")
+        records = DATASETS[name](root, split, **({"limit": limit} if name == "phantom" and limit else {}))
+        refuse_repeats(records, f"{name} in its split {split!r}")
+        return records
+
+    wanted = SPLITS if split == "all" else (split,)
+    found = {part: {spec: read(spec, part) for spec in data} for part in wanted}
+    if len(data) > 1 and any(spec.startswith("csv=") for spec in data):
+        others = [spec for spec in data if not spec.startswith("phantom")]
+        known = {part: found.get(part) or {spec: read(spec, part) for spec in others} for part in SPLITS}
+        pick_split({part: list(chain(*records.values())) for part, records in known.items()}, SPLITS[0])
+    return {spec: [record for part in wanted for record in found[part][spec]] for spec in data}
 
 
 def in_views(records, views):
@@ -1576,39 +1845,46 @@ def in_views(records, views):
 
 
 def refuse_repeats(records, where):
-    for id, count in Counter(record.id for record in records if record.id).most_common(1):
-        if count > 1:
-            raise BadInput(f"{where} has the image {id} {count} times; keep one")
+    for id, times in Counter(record.id for record in records if record.id).most_common(1):
+        if times > 1:
+            raise BadInput(f"{where} has the image {shown(id)} {times} times; keep one")
 
 
 def usable(found, split, limit=None, *, views=FRONTAL, uncertain="ignore"):
     """Of the records that read_records gave those to train on or to evaluate, settled.
 
-    split: for the error. limit: keep the first so many of each data set (smoke runs).
+    split: for the error. limit: keep the first so many of each source (smoke runs).
     views: see in_views. uncertain: one of UNCERTAIN, see settle.
-    Raises Lacking: nothing is left of a data set.
+    Raises Lacking: nothing is left at all. A note names data sets of which nothing is left beside others.
     """
-    records = []
+    records, lacking, number = [], [], Counter()
     for spec, read in found.items():
         kept = [settle(record, uncertain) for record in in_views(read, views)]
+        for record in kept:
+            number[spec, record.source] += 1
+            if limit is None or number[spec, record.source] <= limit:
+                records.append(record)
         if not kept:
-            name = spec.partition("=")[0]
-            without = f" with the view {' or '.join(views)}" if read else ""
-            raise Lacking(f"{name} has no record in its split {split!r}{without}")
-        records += kept[:limit]
+            without = f" with the view {' or '.join(views)}, see --views" if read else ""
+            lacking.append(f"{spec.partition('=')[0]} has no record in its split {split!r}{without}")
+    if not records:
+        raise Lacking(f"{' and '.join(lacking)}; another split or another data set has to be named")
+    for sentence in lacking:
+        note(f"{sentence}; the others are used")
     return records
 
 
 def load_records(data, split, limit=None, *, views=FRONTAL, uncertain="ignore"):
     """The usable records of a split; Raises BadInput as read_records and usable do."""
-    return usable(read_records(data, split), split, limit, views=views, uncertain=uncertain)
+    return usable(read_records(data, split, limit), split, limit, views=views, uncertain=uncertain)
 
 
 def pick_listed(records, ids, where):
-    """The records with these ids, in the order of the list.
+    """The records with these ids, each once, in the order of the list.
 
     Raises BadInput: an id that no image has, or that two have.
     """
+    ids = list(dict.fromkeys(ids))
     listed = set(ids)
     refuse_repeats([record for record in records if record.id in listed], where)
     of_id = {record.id: record for record in records}
@@ -1622,9 +1898,17 @@ def pick_listed(records, ids, where):
 
 
 def listed_records(data, ids, uncertain="ignore"):
-    """The records with these ids, whatever their split and view, settled; see pick_listed."""
-    records = [r for split in SPLITS for found in read_records(data, split).values() for r in found]
-    return [settle(record, uncertain) for record in pick_listed(records, ids, " and ".join(data))]
+    """The records with these ids, whatever their split and view, settled.
+
+    Raises BadInput: as pick_listed, or a pack leaves a listed image out.
+    """
+    records, left = list(chain(*read_records(data, "all").values())), left_out(data)
+    chosen = pick_listed([*records, *left], ids, " and ".join(data))
+    missing = [record for record in chosen if record in left]
+    if missing:
+        why = f"{shown(missing[0].id)}: {left[missing[0]]}"
+        raise BadInput(f"{len(missing)} of the {len(chosen)} listed images are not packed, such as {why}")
+    return [settle(record, uncertain) for record in chosen]
 
 
 # ------------------------------------------------------------------------------------------------- program
@@ -1632,14 +1916,23 @@ def listed_records(data, ids, uncertain="ignore"):
 
 def summary(args):
     """Prints what data sets hold and what is wrong with them, no word of any report -> exit status."""
-    faults = 0
+    check_specs(args.data)
+    faults, found = 0, {}
     for spec in args.data:
         try:
-            splits = {split: read_records([spec], split)[spec] for split in SPLITS}
-            faults += print_summary(spec, splits, args)
+            found[spec] = {split: read_records([spec], split)[spec] for split in SPLITS}
+            faults += print_summary(spec, found[spec], args)
         except SharedPatient as error:
             print(f"{spec}\n{error}\n")
             faults += 1
+    together = {split: [r for each in found.values() for r in each[split]] for split in SPLITS}
+    try:
+        pick_split(together if len(found) > 1 else {"test": []}, "test")
+    except SharedPatient as error:
+        print(f"of all data sets: {error}")
+        faults += 1
+    if args.copies:
+        faults += print_copies([(e, s, r) for e in found for s in SPLITS for r in found[e][s]], args.workers)
     return 1 if faults else 0
 
 
@@ -1671,10 +1964,14 @@ def print_summary(spec, splits, args):
         print(f"reports that stand more than once, word for word: {twice:,} of {len(reports):,}")
     train = [settle(record, args.uncertain) for record in in_views(splits["train"], args.views)]
     if vocabulary(train):
-        same, masked, fitting = expected_pairs(train, args.batch_size)
-        print(f"in a training batch of {args.batch_size}: {same:.1f} pairs of images with the same findings,")
-        print(f"  {masked:.1f} of them with a disease, which the mask removes among reports, and")
-        print(f"  {fitting:.1f} label prompts that fit another image, which it removes among those")
+        size = min(args.batch_size, len(train))
+        masked, fitting, starved = expected_pairs(train, size)
+        print(f"in a training batch of {size} images the mask removes {masked:.1f} pairs among reports (of")
+        print(
+            f"  images with the same disease) and {fitting:.1f} among prompts (that fit another image, too)"
+        )
+        if starved > 0.5:
+            print(f"WARNING: {starved:.0%} of the labelled images have no negative among the prompts")
 
     owners = {(split, r.source, r.patient) for split, found in splits.items() for r in found}
     times = Counter((source, patient) for _, source, patient in owners)
@@ -1685,35 +1982,36 @@ def print_summary(spec, splits, args):
 
 
 def expected_pairs(records, batch_size):
-    """Expected numbers of false-negative pairs in a random batch.
+    """What the label mask removes from a random batch, expected.
 
-    Returns pairs of images whose known findings are the same; those of them with a disease, which the label
-    mask removes among reports; and pairs (image, another image's label prompt) that fit.
+    Returns the pairs of images with the same findings, a disease among them: their reports; the pairs of an
+    image and another one's label prompt that fits; the share of labelled images that all prompts fit.
     """
-    pairs = batch_size * (batch_size - 1) / 2
-    sets = Counter(record.findings for record in records if record.findings)
-    chance = {names: (count / len(records)) ** 2 for names, count in sets.items()}
-    ill = sum(chance[names] for names in sets if names - NON_DISEASES)
     labelled = [record for record in records if record.findings]
+    ill = Counter(record.findings for record in labelled if record.findings - NON_DISEASES)
+    pairs, share = batch_size * (batch_size - 1), len(labelled) / len(records)
     present, absent = label_matrices(labelled, vocabulary(labelled))
     drawn = (present / present.sum(1, keepdim=True)).mean(0)
-    fitting = float(drawn @ (~absent).float().mean(0)) * (len(labelled) / len(records)) ** 2
-    return pairs * sum(chance.values()), pairs * ill, 2 * pairs * fitting
+    fits = (~absent).float() @ drawn  # the chance that the prompt of another labelled image fits this one
+    same = sum((times / len(records)) ** 2 for times in ill.values())
+    starved = float((1 - share * (1 - fits)).pow(batch_size - 1).mean())
+    return pairs / 2 * same, pairs * float(fits.mean()) * share**2, starved
 
 
 def protocol(args):
     """Writes the list of a protocol and prints its SHA-256 -> exit status."""
-    known = PROTOCOLS[args.name]
+    known, out = PROTOCOLS[args.name], Path(args.out)
     seed = known.seed if args.seed is None else args.seed
     records = known.read(args.table)
     refuse_repeats(records, args.table)
     chosen = known.rule(records, seed)
     ids, patients = [record.id for record in chosen], len({record.patient for record in chosen})
-    left = hold_out(records, chosen)
-    shown = Counter(only_finding(r) or "none or several" for r in chosen)
-    write_ids(args.out, ids)
-    print(f"{args.name}, seed {seed}: {len(ids):,} ids of {patients:,} patients in {args.out}")
-    print("  " + ", ".join(f"{name} {count:,}" for name, count in sorted(shown.items())))
+    if os.path.lexists(out) and not (out.is_file() and out.read_bytes() == "\n".join(ids).encode()):
+        raise BadInput(f"{out} is there and is not this list; give another --out or delete it")
+    write_ids(out, ids)
+    left, tasks = hold_out(records, chosen), Counter(only_finding(r) or "none or several" for r in chosen)
+    print(f"{args.name}, seed {seed}: {len(ids):,} ids of {patients:,} patients in {out}")
+    print("  " + ", ".join(f"{name} {count:,}" for name, count in sorted(tasks.items())))
     print(f"left without these patients: {len(left):,} images of {len({r.patient for r in left}):,} patients")
     print(f"SHA-256 {ids_sha256(ids)}")
     return 0
@@ -1755,33 +2053,34 @@ def build_parser():
     about = "Look into data sets, rebuild protocols, pack images."
     p = ArgumentParser(description=about, allow_abbrev=False)
     commands = p.add_subparsers(metavar="COMMAND", required=True)
+    amount, size = number_type(int, 0), number_type(int, 1, 4096)
 
     def command(run, name, help):
         added = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
         added.set_defaults(run=run)
-        return added
+        return added.add_argument
 
-    def data_options(parser):
-        parser.add_argument("--data", nargs="+", required=True, metavar="NAME=ROOT", help=", ".join(DATASETS))
-        parser.add_argument("--views", nargs="+", choices=VIEWS, default=FRONTAL, help="images to keep")
+    def data_options(add):
+        add("--data", nargs="+", required=True, metavar="NAME=ROOT", help=", ".join(DATASETS))
+        add("--views", nargs="+", choices=VIEWS, default=FRONTAL, help="images to keep")
+        add("--workers", type=amount, default=os.cpu_count(), help="processes that read images")
 
-    s = command(summary, "summary", "count what is there and check it; status 1 where a check fails")
-    data_options(s)
-    s.add_argument("--uncertain", choices=UNCERTAIN, default="ignore", help="what -1 becomes in training")
-    s.add_argument("--batch-size", type=number_type(int, 1), default=128, help="for the pairs in a batch")
-    r = command(protocol, "protocol", "write the list of ids of an evaluation set and print its SHA-256")
+    add = command(summary, "summary", "count what is there and check it; status 1 where a check fails")
+    data_options(add)
+    add("--uncertain", choices=UNCERTAIN, default="ignore", help="what -1 becomes in training")
+    add("--batch-size", type=number_type(int, 1), default=128, help="for the pairs in a batch")
+    add("--copies", action=argparse.BooleanOptionalAction, default=True, help="look for near copies")
+    add = command(protocol, "protocol", "write the list of ids of an evaluation set and print its SHA-256")
     needed = "; ".join(f"{name}: --table names {known.table}" for name, known in PROTOCOLS.items())
-    r.add_argument("name", choices=PROTOCOLS, help=needed)
-    r.add_argument("--table", required=True, metavar="FILE", help="the published table, plain, .gz or .zip")
-    r.add_argument("--out", required=True, metavar="FILE")
-    r.add_argument("--seed", type=number_type(int, 0, 2**32 - 1), help="default: that of the published list")
-    k = command(run_pack, "pack", "shrink every image to a PNG file once; goes on where it was stopped")
-    data_options(k)
-    k.add_argument("--out", required=True, metavar="FOLDER")
-    side, count = number_type(int, 1), number_type(int, 0)
-    k.add_argument("--image-size", type=side, default=256, help="pixels a side, the model's or more")
-    k.add_argument("--workers", type=count, default=os.cpu_count(), help="processes that read images")
-    k.add_argument("--max-bad", type=count, default=100, help="stop at more unreadable images")
+    add("name", choices=PROTOCOLS, help=needed)
+    add("--table", required=True, metavar="FILE", help="the published table, plain, .gz or .zip")
+    add("--out", required=True, metavar="FILE")
+    add("--seed", type=number_type(int, 0, 2**32 - 1), help="default: that of the published list")
+    add = command(run_pack, "pack", "shrink every image to a PNG file once; goes on where it was stopped")
+    data_options(add)
+    add("--out", required=True, metavar="FOLDER")
+    add("--image-size", type=size, default=256, help="pixels a side, the model's or more")
+    add("--max-bad", type=amount, default=100, help="stop at more unreadable images")
     return p
 
 
@@ -1789,8 +2088,8 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)
-    except (BadInput, OSError) as error:  # OSError: a full disk, a folder that cannot be written
-        print(f"data.py: {error}", file=sys.stderr)
+    except (BadInput, OSError, MemoryError) as error:  # OSError: a full disk, a folder that cannot be written
+        print(f"data.py: {error or 'the memory is not enough; --workers 0 needs less'}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("data.py: stopped by Ctrl-C; the same command goes on with an unfinished pack", file=sys.stderr)

@@ -1,12 +1,13 @@
 """Packs: what goes in comes out, wherever the work was stopped."""
 
+import dataclasses
 import os
 import shutil
 import signal
 import stat
 import time
 from itertools import chain
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +98,7 @@ def test_a_pack_gives_back_every_record_in_its_order(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "report", ["1. ___ M (XXXX)", " two\r\nlines, one\u2028more ", 'a "quote", a comma', None]
+    "report", ["1. ___ M (XXXX)", "two\r\nlines, one\u2028more", 'a "quote", a comma', None]
 )
 def test_a_report_comes_out_of_a_pack_word_for_word(report, tmp_path, monkeypatch):
     r = data.Record(np.zeros((4, 4), np.uint8), report, frozenset({"Mass"}), "1", "rsna", id="1")
@@ -132,10 +133,6 @@ def test_ids_of_a_list_are_found_in_a_pack(spec, whole):
     assert [r.id for r in data.listed_records([f"csv={whole}"], ["7.png", "2.png"])] == ["7.png", "2.png"]
 
 
-def test_reports_of_a_pack_are_for_its_owner_alone(whole):
-    assert stat.S_IMODE((whole / "table.csv").stat().st_mode) == 0o600
-
-
 def test_several_processes_make_the_same_pack(spec, whole, tmp_path):
     pack(spec, tmp_path / "pack", workers=2)
     assert content(tmp_path / "pack") == content(whole)
@@ -144,6 +141,54 @@ def test_several_processes_make_the_same_pack(spec, whole, tmp_path):
 def test_only_the_chosen_views_and_those_not_said_are_packed(spec, tmp_path):
     pack(spec, tmp_path / "pack", views=data.FRONTAL)
     assert {r.view for r in everything(f"csv={tmp_path / 'pack'}")} == {"PA", ""}
+
+
+@pytest.fixture
+def frontal(tmp_path):
+    """A pack of frontal images without 9.png, which is bad -> its spec."""
+    pack(source(tmp_path / "source", bad=[9]), tmp_path / "pack", views=data.FRONTAL)
+    return f"csv={tmp_path / 'pack'}"
+
+
+@pytest.mark.parametrize(("id", "reason"), [("1.png", "its view is LATERAL"), ("9.png", "cannot be read")])
+def test_an_image_that_was_not_packed_cannot_be_evaluated_for_a_reason(frontal, id, reason):
+    with pytest.raises(
+        BadInput, match=f"1 of the 2 listed images are not packed, such as '{id}': .*{reason}"
+    ):
+        data.listed_records([frontal], ["2.png", id])
+
+
+def test_the_patient_of_an_image_that_was_not_packed_can_be_held_out(frontal):
+    records, left = everything(frontal), data.left_out([frontal])
+    listed = data.pick_listed([*records, *left], ["1.png", "2.png"], "the pack")
+    twin = dataclasses.replace(records[0], source=listed[0].source, patient=listed[0].patient)
+    kept = data.hold_out([*records, twin], listed)
+    assert sum(r in left for r in listed) == 1 and len(kept) == len(records) - 1 and twin not in kept
+
+
+def test_everything_in_a_pack_is_for_its_owner_alone(whole):
+    assert {stat.S_IMODE(path.stat().st_mode) for path in whole.rglob("*.*")} == {0o600}
+
+
+def test_a_link_in_the_place_of_a_temporary_file_is_not_written_through(spec, tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "ids.txt.tmp").symlink_to(tmp_path / "mine")
+    data.write_ids(tmp_path / "ids.txt", ["a"])
+    assert (tmp_path / "mine").read_text() == "precious" and data.read_ids(tmp_path / "ids.txt") == ["a"]
+
+
+@pytest.mark.parametrize("end", ["killed", "stalled"])
+def test_a_loading_process_that_is_killed_or_stalls_ends_pack_in_one_sentence(
+    end, spec, tmp_path, monkeypatch, program
+):
+    killed = "os.kill(os.getpid(), 9)" if end == "killed" else "time.sleep(600)"
+    monkeypatch.setattr(data, "read_image", lambda image: exec(killed))
+    monkeypatch.setattr(data, "PATIENCE", 2)
+    start = time.monotonic()
+    status, _, errors = program(*options(spec, tmp_path / "pack", "--workers", 2))
+    assert status == 2 and "reading images stopped" in errors[0] and "--workers" in errors[0]
+    assert time.monotonic() - start < 60 and not active_children()
 
 
 def test_the_command_says_how_to_use_the_pack(spec, tmp_path, program):
@@ -302,7 +347,7 @@ def test_a_patient_in_two_splits_is_refused_before_the_work(tmp_path):
             tmp_path / name, "image,patient,split", f"{name}.png,7,{'train' if name == 'a' else 'test'}"
         )
         Image.new("L", (4, 4)).save(tmp_path / name / f"{name}.png")
-    with pytest.raises(BadInput, match="patient 7 of csv is in the splits"):
+    with pytest.raises(BadInput, match="patient '7' of csv is in the splits"):
         data.pack([spec, f"csv={tmp_path / 'a'}"], tmp_path / "new", side=SIDE, workers=0)
     assert not (tmp_path / "new").exists()
 

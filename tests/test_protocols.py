@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -239,7 +240,8 @@ def test_the_order_of_the_columns_does_not_change_the_list(chexpert, tmp_path, p
 
 def test_the_seed_is_by_default_that_of_the_published_list(chexpert, tmp_path, program):
     seeds = ([], ["--seed", 0], ["--seed", 1])
-    default, same, other = (sha256(draw_list(program, chexpert, tmp_path / "i", *s)[1]) for s in seeds)
+    lists = (draw_list(program, chexpert, tmp_path / f"{s}.txt", *s)[1] for s in seeds)
+    default, same, other = map(sha256, lists)
     assert default == same != other
 
 
@@ -260,12 +262,22 @@ def test_a_table_with_an_image_twice_is_refused_by_one_sentence(chexpert, tmp_pa
     rows = chexpert.read_text().splitlines()
     (tmp_path / "train.csv").write_text("\n".join([*rows, rows[5]]) + "\n")
     status, _, error = draw_list(program, tmp_path / "train.csv", tmp_path / "ids.txt")
-    assert status == 2 and "train.csv has the image train/patient00002/study1/view1" in error
+    assert status == 2 and "train.csv has the image 'train/patient00002/study1/view1" in error
 
 
 def test_a_table_that_is_not_there_is_refused_by_one_sentence(tmp_path, program):
     status, _, error = draw_list(program, tmp_path / "train.csv", tmp_path / "ids.txt")
     assert status == 2 and f"{tmp_path / 'train.csv'} is not there" in error
+
+
+@pytest.mark.parametrize("out", ["train.csv", "another list"])
+def test_a_file_that_is_not_this_list_is_never_replaced(chexpert, tmp_path, program, out):
+    table = Path(shutil.copy(chexpert, tmp_path / "train.csv"))
+    (tmp_path / "another list").write_text("x.png")
+    before = (tmp_path / out).read_bytes()
+    status, _, error = draw_list(program, table, tmp_path / out)
+    assert status == 2 and "is there and is not this list" in error
+    assert (tmp_path / out).read_bytes() == before
 
 
 def test_an_unknown_protocol_is_answered_with_the_known_ones(capsys):
@@ -417,7 +429,7 @@ def test_a_listed_id_of_two_images_is_refused(films, listing, tmp_path):
     copied = tmp_path / "copy" / "films.csv"
     copied.parent.mkdir()
     copied.write_bytes(Path(films.partition("=")[2]).read_bytes())
-    with pytest.raises(data.BadInput, match="has the image 0.png 2 times"):
+    with pytest.raises(data.BadInput, match="has the image '0.png' 2 times"):
         data.listed_records([films, f"csv={copied}"], data.read_ids(listing("0.png")))
 
 
