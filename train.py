@@ -31,7 +31,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see data.py
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported; see data.py
 
 import numpy as np
 import torch
@@ -67,7 +67,6 @@ from umcl import MAX_LOGIT_SCALE, contrastive_loss, label_mask, load_swin_weight
 SMALL_BERT = "small"  # --text-model: a BERT trained from scratch, with a vocabulary of its own
 MAX_SKIPPED = 3  # steps in a row whose loss or gradient is not finite, before a run gives up
 MAX_IDLE = 100  # steps in a row whose loss and gradient are exactly 0
-READING_TIMEOUT = 600  # seconds to wait for a batch: a network folder may stall without an error
 STEP_TIMEOUT = timedelta(minutes=20)  # of another process in a step; longer than for a batch
 VALIDATION_TIMEOUT = timedelta(hours=12)  # the others wait while the first validates
 STOP_SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "a closed terminal"}
@@ -601,14 +600,14 @@ def training_step(run, batch, model, optimizer, lr, seed):
 
 
 def load_splits(args):
-    """The records to train on and to validate, without the patients who are held out -> two lists."""
+    """The records to train on and to validate, without held-out patients and copies -> two lists."""
     names = data.SPLITS if args.hold_out else data.SPLITS[:2]
-    read = {split: data.read_records(args.data, split) for split in names}
+    read = {split: data.read_records(args.data, split, args.limit) for split in names}
     listed = []
     if args.hold_out:
-        everything = [record for found in read.values() for each in found.values() for record in each]
-        ids = list(dict.fromkeys(id for file in args.hold_out for id in data.read_ids(file)))
-        listed = data.pick_listed(everything, ids, " and ".join(args.data))
+        known = [record for found in read.values() for each in found.values() for record in each]
+        ids = [id for file in args.hold_out for id in data.read_ids(file)]
+        listed = data.pick_listed([*known, *data.left_out(args.data)], ids, " and ".join(args.data))
     splits = []
     for split in data.SPLITS[:2]:
         records = data.usable(read[split], split, args.limit, views=args.views, uncertain=args.uncertain)
@@ -618,12 +617,19 @@ def load_splits(args):
             if split == "train" and missing:
                 raise BadInput(f"--findings {', '.join(sorted(missing))}: no training record has it")
             records = data.restricted(records, frozenset(args.findings))
-        kept = data.hold_out(records, listed)
-        if listed:
-            lost = len(records) - len(kept)
-            print_once(f"{split}: held-out patients have {lost:,} of {len(records):,} images")
-        splits.append(kept)
+        splits.append(without_listed(records, listed, split, args.workers) if listed else records)
     return splits
+
+
+def without_listed(records, listed, split, workers):
+    """Records without the listed patients and without near copies of the listed images; says how many."""
+    others = data.hold_out(records, listed)
+    copies = set(data.near_copies(others, listed, workers))
+    print_once(
+        f"{split}: of {len(records):,} images {len(records) - len(others):,} are held out by patient and "
+        f"{len(copies):,} more by picture"
+    )
+    return [record for record in others if record not in copies]
 
 
 def mislabelled(records, noise, seed):
@@ -728,7 +734,7 @@ def training_loader(run, records, done):
         sampler=batch_keys(args, records, done),
         num_workers=args.workers,
         worker_init_fn=data.ignore_signals,
-        timeout=READING_TIMEOUT if args.workers else 0,
+        timeout=data.PATIENCE if args.workers else 0,
         pin_memory=run.device.type == "cuda",
     )
 
@@ -1014,15 +1020,16 @@ def main(argv=None):
     except (BadInput, OSError) as error:  # OSError: a full disk, a folder that cannot be written
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:  # torch has no other for what happens in another process
+    except (RuntimeError, MemoryError) as error:  # torch has no others for what happens elsewhere
         causes = {
-            "DataLoader": "reading the images has failed, maybe for want of memory",
-            "gloo|NCCL|nccl|Connection": "another process has ended or does not answer; its message says why",
+            "DataLoader": "reading images has failed, maybe for want of memory; try fewer --workers",
+            "gloo|NCCL|Connection": "another process has ended or does not answer; its message says why",
+            "memory": "the memory is exhausted; try --micro-batch-size or a smaller --batch-size",
         }
-        cause = next((said for sign, said in causes.items() if re.search(sign, str(error))), None)
+        cause = next((said for sign, said in causes.items() if re.search(sign, repr(error), re.I)), None)
         if cause is None:
             raise
-        print(f"train.py: {cause} ({str(error).splitlines()[0]})", file=sys.stderr)
+        print(f"train.py: {cause} ({error!s:.200})", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("train.py: stopped by Ctrl-C; what was saved before is as it was", file=sys.stderr)

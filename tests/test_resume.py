@@ -372,7 +372,7 @@ def test_a_worker_that_dies_ends_the_run_with_one_sentence(flags, tmp_path, monk
 
 
 def test_images_that_do_not_come_end_the_run_with_one_sentence(flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "READING_TIMEOUT", 1)
+    monkeypatch.setattr(data, "PATIENCE", 1)
     monkeypatch.setattr(data, "read_image", lambda _: time.sleep(3))
     assert train.main([*flags, "--out", str(tmp_path / "run"), "--workers", "1"]) == 2
     assert "timed out" in refusal(capsys)

@@ -299,7 +299,7 @@ def binary(count):
 
 
 def test_images_whose_findings_are_known_to_be_absent_teach(options, pretrain, monkeypatch, tmp_path):
-    monkeypatch.setitem(data.DATASETS, "phantom", lambda root, split: binary(24))
+    monkeypatch.setitem(data.DATASETS, "phantom", lambda root, split, limit=None: binary(24))
     assert pretrain("--lr", 1e-3) == 0
     assert all(line["loss"] > 0 and line["gradient_norm"] > 0 for line in log(tmp_path / "run")[0])
 
@@ -317,14 +317,16 @@ def test_an_image_is_a_negative_only_of_findings_that_it_is_known_not_to_have(op
 
 
 def test_labels_that_tell_nothing_apart_are_refused(pretrain, monkeypatch, capsys):
-    monkeypatch.setitem(data.DATASETS, "phantom", lambda root, split: binary(24)[::3])
+    monkeypatch.setitem(data.DATASETS, "phantom", lambda root, split, limit=None: binary(24)[::3])
     assert pretrain() == 2 and "nothing to learn" in refusal(capsys)
 
 
 def test_what_is_left_out_is_counted(pretrain, monkeypatch, capsys):
     bare = [replace(r, absent=frozenset()) for r in binary(24)]
     monkeypatch.setitem(
-        data.DATASETS, "phantom", lambda root, split: binary(24) + [replace(r, id="b" + r.id) for r in bare]
+        data.DATASETS,
+        "phantom",
+        lambda root, split, limit=None: binary(24) + [replace(r, id="b" + r.id) for r in bare],
     )
     assert pretrain("--limit", 48) == 0
     assert "16 of 48 images left out" in capsys.readouterr().out
@@ -361,7 +363,7 @@ def test_chosen_findings_keep_what_the_others_say_of_them(options, monkeypatch):
     sets = ("No Finding", "Edema", "Fracture")
     image = np.zeros((16, 16), np.uint8)
     records = [data.Record(image, "", frozenset({name}), name, "made", id=name) for name in sets]
-    monkeypatch.setitem(data.DATASETS, "phantom", lambda root, split: records)
+    monkeypatch.setitem(data.DATASETS, "phantom", lambda root, split, limit=None: records)
     normal, edema, fracture = train.load_splits(options("--findings", "Edema", "No Finding"))[0]
     assert normal.findings == {"No Finding"} and normal.absent == {"Edema"}
     assert edema.findings == {"Edema"} and edema.absent == {"No Finding"}
