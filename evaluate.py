@@ -7,6 +7,8 @@
     python evaluate.py --compare runs/umcl runs/umcl-no-label-mask
     python evaluate.py --task zero-shot --data nih-chestxray14=FOLDER covid-chestxray=FOLDER \\
         --classes COVID-19 "No Finding"                     these two against each other
+    python evaluate.py --images FILE FOLDER --out scores.csv
+                                                            images without a table: how near to each finding
 
 Similarity is the cosine of unit-length features. The score of an image does not depend on the other images.
 Results go to RUN/results.json, one entry for each task, data set and prompt set; they contain no report.
@@ -15,27 +17,37 @@ Results go to RUN/results.json, one entry for each task, data set and prompt set
 import argparse
 import contextlib
 import copy
+import csv
+import glob
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # before torch: threads that wait leave the cores to others
+
 import numpy as np
 import torch
 import torchvision
 import transformers
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from tokenizers import Tokenizer
-from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import make_grid
 from tqdm import tqdm
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -51,46 +63,24 @@ from umcl import UMCL, SwinTransformer, TextEncoder
 def label_sets(*labels):
     """Numbers the sets of findings: (N, C) bool each -> (N,) int64 each, -1 where no finding is present."""
     rows = np.concatenate([np.asarray(each, dtype=bool) for each in labels])
-    _, number = np.unique(rows, axis=0, return_inverse=True)
-    number = torch.from_numpy(np.where(rows.any(1), number.reshape(-1), -1))
-    return number.split([len(each) for each in labels])
+    number = np.unique(rows, axis=0, return_inverse=True)[1].reshape(-1)
+    return torch.from_numpy(np.where(rows.any(1), number, -1)).split([len(each) for each in labels])
 
 
 def shares_at_k(similarity, query_sets, candidate_sets, ks):
     """P@K of each query: the share of relevant candidates among its K nearest. Ties and NaN count against it.
 
-    Args:
-        similarity: (Q, K) float. query_sets: (Q,) int64, candidate_sets: (K,) int64, both from label_sets.
-
-    Returns:
-        (Q, len(ks)) float
-
-    Raises:
-        ValueError: there are fewer candidates than the largest k.
+    (Q, K) float, (Q,) and (K,) int64 of label_sets -> (Q, len(ks)) float. Raises ValueError: K < max(ks).
     """
-    similarity = torch.as_tensor(similarity)
-    count, query_sets = similarity.shape[1], query_sets[:, None]
-    if max(ks) > count:
-        raise ValueError(f"P@{max(ks)} needs as many candidates, not {count}")
-    unknown = similarity.isnan()
-    if unknown.any():
-        worst = torch.where((candidate_sets == query_sets) & (query_sets >= 0), -torch.inf, torch.inf)
-        similarity = torch.where(unknown, worst.to(similarity.dtype), similarity)
-    nearest, where = similarity.topk(min(max(ks) + 1, count))
-    relevant = (candidate_sets[where] == query_sets) & (query_sets >= 0)
-    shares = []
-    for k in ks:
-        hits = relevant[:, :k].sum(1)
-        tied = nearest[:, k - 1] == nearest[:, k] if k < count else torch.zeros(len(hits), dtype=torch.bool)
-        if tied.any():  # of the candidates as near as the K-th, the irrelevant ones come first
-            edge = nearest[tied, k - 1 : k]
-            rows, columns = (similarity[tied] == edge).nonzero(as_tuple=True)
-            sets = query_sets[tied][rows, 0]
-            wrong = torch.bincount(rows[(candidate_sets[columns] != sets) | (sets < 0)], minlength=len(edge))
-            nearer = nearest[tied] > edge
-            hits[tied] = (relevant[tied] & nearer).sum(1) + (k - nearer.sum(1) - wrong).clamp(min=0)
-        shares.append(hits.double() / k)
-    return torch.stack(shares, 1)
+    similarity = torch.as_tensor(similarity).double()
+    if max(ks) > similarity.shape[1]:
+        raise ValueError(f"P@{max(ks)} needs as many candidates, not {similarity.shape[1]}")
+    relevant = (candidate_sets == query_sets[:, None]) & (query_sets[:, None] >= 0)
+    # An irrelevant candidate is put one step of double precision ahead of those that it ties with.
+    ahead = similarity.nextafter(torch.tensor(torch.inf, dtype=torch.double)).nan_to_num(torch.inf)
+    nearest = torch.where(relevant, similarity.nan_to_num(-torch.inf), ahead).topk(max(ks)).indices
+    hits = relevant.gather(1, nearest).double()
+    return torch.stack([hits[:, :k].mean(1) for k in ks], 1)
 
 
 def precision_at_k(similarity, query_labels, candidate_labels, ks=(1, 2, 5, 10)):
@@ -99,73 +89,48 @@ def precision_at_k(similarity, query_labels, candidate_labels, ks=(1, 2, 5, 10))
     A candidate is relevant when its findings equal the query's; without findings it is never relevant. Ties
     count against the query. The query's own text stays among the candidates (family: GLoRIA).
 
-    Args:
-        similarity: (Q, K) float, larger is nearer. query_labels: (Q, C) bool. candidate_labels: (K, C) bool.
-
-    Returns:
-        {k: float in 0 ... 1}
-
-    Raises:
-        ValueError: there are fewer candidates than the largest k.
+    (Q, K) float, larger is nearer, (Q, C) bool, (K, C) bool -> {k: float in 0 ... 1}
     """
     shares = shares_at_k(similarity, *label_sets(query_labels, candidate_labels), ks)
     return dict(zip(ks, shares.mean(0).tolist(), strict=True))
 
 
-def partner_rank(similarity, query_ids=None, candidate_ids=None):
+def partner_rank(similarity, query_ids, candidate_ids):
     """0-based rank of the query's own partner, the nearest candidate of its id; ties, NaN count against it.
 
-    Args:
-        similarity: (Q, K) float. query_ids: (Q,) int64, candidate_ids: (K,) int64; None numbers the rows and
-            the columns. Each query has at least one candidate with its id; none of these counts against it.
-
-    Returns:
-        (Q,) int64
+    (Q, K) float, (Q,) and (K,) int64 -> (Q,) int64. Each query has a candidate; further ones are never wrong.
     """
-    similarity = torch.as_tensor(similarity)
-    query_ids = torch.arange(len(similarity)) if query_ids is None else query_ids
-    candidate_ids = torch.arange(similarity.shape[1]) if candidate_ids is None else candidate_ids
-    rows, columns = (query_ids[:, None] == candidate_ids).nonzero(as_tuple=True)
-    own = similarity[rows, columns]
-    nearest = similarity[:, 0].scatter_reduce(0, rows, own, "amax", include_self=False)
-    as_near = (~(similarity < nearest[:, None])).sum(1, dtype=torch.int32)
-    return as_near - torch.bincount(rows[~(own < nearest[rows])], minlength=len(similarity))
+    similarity = torch.as_tensor(similarity).double()
+    own = query_ids[:, None] == candidate_ids
+    nearest = similarity.nan_to_num(-torch.inf).masked_fill(~own, -torch.inf).amax(1, keepdim=True)
+    return (~(similarity < nearest) & ~own).sum(1)
 
 
 def recall_at_k(similarity, ks=(1, 5, 10)):
     """Instance-level Recall@K: the share of queries whose own partner is among their K nearest.
 
-    Ties count against the query. Copies of a text would be wrong answers to each other: see partner_rank.
-
-    Args:
-        similarity: (N, N) float, row i belongs to column i.
-
-    Returns:
-        {k: float in 0 ... 1}
+    (N, N) float, row i belongs to column i -> {k: float in 0 ... 1}. Ties count against the query. Copies of
+    a text would be wrong answers to each other: see partner_rank.
     """
-    rank = partner_rank(similarity)
+    ids = torch.arange(len(similarity))
+    rank = partner_rank(similarity, ids, ids)
     return {k: (rank < k).double().mean().item() for k in ks}
 
 
-def in_chunks(function, queries, candidates, *of_query, cells=2**24):
-    """function(similarity, *of_query) of a few queries at a time, joined: (Q, D), (K, D), (Q, ...) each.
+def in_chunks(function, queries, candidates, of_query, cells=2**22):
+    """function(similarity, of_query) of a few queries at a time, joined: (Q, D), (K, D), (Q,).
 
-    A chunk of the (Q, K) similarities has at most `cells` numbers, 64 MB, so memory does not grow with Q · K.
+    A chunk of the (Q, K) similarities has at most `cells` numbers, so memory does not grow with Q · K.
     """
     rows = max(1, cells // len(candidates))
-    chunks = range(0, len(queries), rows)
-    cut = ([each[i : i + rows] for each in (queries, *of_query)] for i in chunks)
-    return torch.cat([function(part @ candidates.T, *others) for part, *others in cut])
+    chunks = zip(queries.split(rows), of_query.split(rows), strict=True)
+    return torch.cat([function(part @ candidates.T, of_part) for part, of_part in chunks])
 
 
 def auroc(scores, labels):
-    """Probability that a positive scores higher than a negative; ties count half.
+    """Probability that a positive scores higher than a negative; ties count half, nan without a class.
 
-    Args:
-        scores: (N,) float. labels: (N,) bool.
-
-    Returns:
-        float in 0 ... 1, nan where a class is absent
+    (N,) float, (N,) bool -> float in 0 ... 1
     """
     scores, labels = np.asarray(scores), np.asarray(labels, dtype=bool)
     positive, negative = scores[labels], np.sort(scores[~labels])
@@ -175,11 +140,23 @@ def auroc(scores, labels):
     return float(below.sum() / 2 / len(positive) / len(negative))
 
 
-def mean_auroc(scores, labels, known):
+def average_precision(scores, labels):
+    """Mean over the positives of the precision among all that score as high: (N,) each -> float."""
+    every, positive = np.sort(scores), np.sort(scores[labels])
+    found = len(positive) - np.searchsorted(positive, positive)
+    return float(np.mean(found / (len(every) - np.searchsorted(every, positive))))
+
+
+def mean_over_findings(metric, scores, labels, known):
     """Mean over the columns in which both classes occur, each over its known rows: (N, C) each -> float."""
-    columns = zip(scores.T, labels.T, known.T, strict=True)
-    values = np.array([auroc(score[rows], label[rows]) for score, label, rows in columns])
-    return float(values[~np.isnan(values)].mean()) if not np.isnan(values).all() else float("nan")
+    columns = (
+        (score[rows], label[rows]) for score, label, rows in zip(scores.T, labels.T, known.T, strict=True)
+    )
+    values = [metric(score, label) for score, label in columns if label.any() and not label.all()]
+    return float(np.mean(values)) if values else float("nan")
+
+
+mean_auroc = partial(mean_over_findings, auroc)
 
 
 def balanced_accuracy(predicted, true):
@@ -191,12 +168,9 @@ def balanced_accuracy(predicted, true):
 
 
 def bootstrap_ci(metric, *arrays, n=1000, seed=0, patients=None):
-    """95 % percentile interval of metric(*arrays): n times, rows are drawn with replacement, alike in all.
+    """95 % percentile interval of metric(*arrays) -> (low, high): n times, the same rows are drawn from all.
 
     patients: (rows,) int, whose row it is; then whole patients are drawn, since their images are alike.
-
-    Returns:
-        (low, high)
     """
     rng = np.random.default_rng(seed)
     patients = np.arange(len(arrays[0])) if patients is None else patients
@@ -228,15 +202,13 @@ class Measure(NamedTuple):
     counts: dict = {}
 
     def of(self, arrays, classifiers):
-        return float(np.mean(self.of_each(arrays, classifiers)) if self.trained else self.metric(*arrays))
-
-    def of_each(self, arrays, classifiers):
-        """The metric of each of these classifiers."""
-        return [self.metric(arrays[0][..., t], *arrays[1:]) for t in classifiers]
+        """The metric of these rows -> list of one float, or one for each of these classifiers."""
+        first, *others = arrays
+        return [self.metric(first[..., t], *others) for t in classifiers] or [self.metric(*arrays)]
 
     @property
     def value(self):
-        return self.of(self.arrays, range(self.trained))
+        return float(np.mean(self.of(self.arrays, range(self.trained))))
 
 
 def interval(measure, less=None, draws=1000):
@@ -248,8 +220,8 @@ def interval(measure, less=None, draws=1000):
 
     def metric(*arrays):
         chosen = rng.integers(measure.trained, size=measure.trained) if measure.trained else ()
-        value = measure.of(arrays[:count], chosen)
-        return value if less is None else value - less.of(arrays[count:], chosen)
+        value = np.mean(measure.of(arrays[:count], chosen))
+        return value - np.mean(less.of(arrays[count:], chosen)) if less else value
 
     arrays = measure.arrays + (less.arrays if less else ())
     return bootstrap_ci(metric, *arrays, n=draws, patients=measure.patients)
@@ -259,7 +231,7 @@ def entry_of(measure):
     """Measure -> what results.json and the table have of it: dict of numbers."""
     entry = {"value": measure.value, "n": len(measure.arrays[0]), **measure.counts}
     if measure.trained:
-        each = measure.of_each(measure.arrays, range(measure.trained))
+        each = measure.of(measure.arrays, range(measure.trained))
         entry |= {"trained": measure.trained, "spread": float(np.std(each, ddof=1)) if len(each) > 1 else 0.0}
     if measure.patients is not None:
         entry["patients"] = len(np.unique(measure.patients))
@@ -291,15 +263,11 @@ MODEL_OPTIONS = (
     "image_size patch_size swin_dim swin_depths swin_heads window_size text_model max_length embed_dim "
     "prompt_length"
 ).split()
-
-# What a checkpoint and the options of training in it must have to be used, by type.
-NEEDED = {
-    dict: "model args progress",
-    list: "findings data swin_depths swin_heads",
-    str: "tokenizer bert template precision uncertain",
-    int: "image_size patch_size window_size swin_dim embed_dim max_length prompt_length batch_size workers",
-    float: "drop_path weight_decay",
-    bool: "continuous_prompt image_label horizontal_flip",
+# Further options of training that are used below, by type.
+USED_OPTIONS = {
+    int: ("batch_size", "workers", "max_length"),
+    str: ("template", "precision", "uncertain"),
+    list: ("data", "views"),
 }
 # The fields of BERT's configuration that a checkpoint may set. Others, such as the kernel that computes
 # attention, could make the library fetch code.
@@ -406,70 +374,64 @@ def sync(path):
         os.close(place)
 
 
-def read_checkpoint(path):
-    """RUN/best.pt or RUN/last.pt -> dict of tensors and plain data, see save_checkpoint, and its "path"."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        check_parts(state)
-    except FileNotFoundError as error:
-        raise BadInput(f"the checkpoint {path} is not there; `python train.py` makes one") from error
-    except PermissionError as error:
-        raise BadInput(f"the checkpoint {path} may not be read ({error.strerror})") from error
-    except Exception as error:  # torch.load has no error of its own for what it cannot read
-        raise no_checkpoint(path, error) from error
-    return state | {"path": str(path)}
-
-
-def no_checkpoint(path, error):
-    what = " ".join(str(error).split())[:200]
-    return BadInput(f"{path} is cut short or no checkpoint of this program ({what})")
-
-
-def check_parts(state):
-    """Raises ValueError where a part of a checkpoint is missing or of another type than it should be."""
-    if not isinstance(state, dict) or state.get("kind") != "umcl" or not isinstance(state.get("args"), dict):
-        raise ValueError("it holds something else")
-    parts = state["args"] | state
-    for kind, names in NEEDED.items():
-        for name in names.split():
-            if not isinstance(parts.get(name), kind) or kind is int and not 0 <= parts[name] < 2**31:
-                raise ValueError(f"{name} is missing or no {kind.__name__} that it can be")
-    sizes = [*parts["swin_depths"], *parts["swin_heads"], parts["batch_size"]]
-    if not all(isinstance(each, int) and 0 < each < 2**20 for each in sizes):
-        raise ValueError("a size is no number that it can be")
-    if not all(isinstance(name, str) for name in [*parts["findings"], *parts["data"]]):
-        raise ValueError("a finding or a data set is no name")
-
-
-def load_run(path, device="cpu"):
-    """RUN, RUN/best.pt or RUN/last.pt -> Run in evaluation mode; needs no text model and no network."""
-    return run_from_checkpoint(read_checkpoint(run_file(path)), device)
-
-
 def run_file(path):
     """RUN or a checkpoint in it -> the checkpoint's path, of a folder that of the best epoch."""
     return Path(path, "best.pt") if Path(path).is_dir() else Path(path)
 
 
+@contextlib.contextmanager
+def refusing(path):
+    """Turns what goes wrong with a checkpoint, in torch or in other libraries, into one BadInput."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise BadInput(f"the checkpoint {path} is not there; `python train.py` makes one") from error
+    except PermissionError as error:
+        raise BadInput(f"the checkpoint {path} may not be read ({error.strerror})") from error
+    except Exception as error:  # the libraries have no error of their own for what they cannot read or build
+        what = " ".join(str(error).split())[:200]
+        raise BadInput(f"{path} is cut short or no checkpoint of this program ({what})") from error
+
+
+def read_checkpoint(path):
+    """RUN/best.pt or RUN/last.pt -> dict of tensors and plain data, see save_checkpoint, and its "path"."""
+    with refusing(path):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["kind"] != "umcl":
+            raise ValueError("it holds something else")
+        for kind, names in USED_OPTIONS.items():
+            for name in names:
+                if not isinstance(state["args"].get(name), kind):
+                    raise ValueError(f"its option {name} is missing or no {kind.__name__}")
+        if state["args"]["batch_size"] < 1:
+            raise ValueError("its batches are empty")
+        if not all(isinstance(name, str) for name in (*state["findings"], *state["args"]["data"])):
+            raise ValueError("a finding or a data set is no name")
+        return state | {"path": str(path)}
+
+
 def run_from_checkpoint(state, device):
     """What read_checkpoint gives -> Run in evaluation mode."""
     args = argparse.Namespace(**state["args"])
-    try:
+    with refusing(state["path"]):
         fields = json.loads(state["bert"])
         fields = {name: fields[name] for name in BERT_FIELDS if name in fields}
         if not max(fields.get("num_hidden_layers", 0), *args.swin_depths) <= len(state["model"]):
             raise ValueError("a tower has more layers than there are weights")
-        prompt_length = len(state["model"].get("prompt.context", ()))
         bert = BertModel(BertConfig(**fields, attn_implementation="sdpa"), add_pooling_layer=False)
-        model, tokenizer = build_model(args, bert, prompt_length), wrap_tokenizer(state["tokenizer"])
+        model = build_model(args, bert, len(state["model"].get("prompt.context", ())))
         model.load_state_dict(state["model"])
+        tokenizer = wrap_tokenizer(state["tokenizer"])
         if len(tokenizer) > bert.config.vocab_size:
             raise ValueError("its tokenizer has more pieces than its text model")
         if not finite(model):
             raise ValueError("its weights are not finite")
-    except Exception as error:  # the libraries have no error of their own for what they cannot build
-        raise no_checkpoint(state["path"], error) from error
     return Run(model.to(device).eval(), tokenizer, state["findings"], args)
+
+
+def load_run(path, device="cpu"):
+    """RUN, RUN/best.pt or RUN/last.pt -> Run in evaluation mode; needs no text model and no network."""
+    return run_from_checkpoint(read_checkpoint(run_file(path)), device)
 
 
 def resolve_machine(args):
@@ -494,6 +456,8 @@ def resolve_machine(args):
 
 
 # ------------------------------------------------------------------------------------------------ features
+
+READING_TIMEOUT = 600  # seconds to wait for a batch: a network folder may stall without an error
 
 
 class Encoded(NamedTuple):
@@ -521,15 +485,16 @@ def numbered(names):
     return np.array([number.setdefault(name, len(number)) for name in names], dtype=np.int64)
 
 
-def image_loader(run, records, findings, transform, **options):
-    """Batches of records, without label prompts -> DataLoader."""
+def image_loader(run, records, findings=(), transform=None, **options):
+    """Batches of records without label prompts; by default the images are as evaluation sees them."""
+    collate = data.Collate(records, findings, None, run.tokenizer, run.args.max_length)
     return torch.utils.data.DataLoader(
-        data.Images(records, transform),
+        data.Images(records, transform or data.evaluation_transform(run.args.image_size)),
         run.args.batch_size,
-        collate_fn=data.Collate(records, findings, None, run.tokenizer, run.args.max_length),
         num_workers=run.args.workers,
         worker_init_fn=data.ignore_signals,
-        **options,
+        timeout=READING_TIMEOUT if run.args.workers else 0,
+        **{"collate_fn": collate, **options},
     )
 
 
@@ -542,18 +507,17 @@ def encode(run, records):
     """
     run.model.eval()
     findings = data.vocabulary(records)
-    loader = image_loader(run, records, findings, data.evaluation_transform(run.args.image_size))
-    report_rows, report_labels, report_features, pooled, image_features, seen = [], [], [], [], [], 0
+    loader = image_loader(run, records, findings)
+    report_rows, report_labels, report_features, pooled, image_features = [], [], [], [], []
     for batch in progress(data.readable(loader), "images and reports", total=len(loader), unit="batch"):
-        report_rows.append(seen + batch.report_rows)
+        report_rows.append(batch.rows[batch.report_rows])
         report_labels.append(batch.report_labels)
-        seen += len(batch.rows)
         batch = data.to_device(batch, run.device)
         with run.autocast():
             features = run.model.image_encoder(data.normalise(batch.images))
-            image_features.append(run.model.project_image(features).cpu())
+            image_features.append(run.model.project_image(features))
             pooled.append(features.float().cpu())
-            report_features += [run.model.encode_text(*piece).cpu() for piece in batch.reports]
+            report_features += [run.model.encode_text(*piece) for piece in batch.reports]
     report_rows = torch.cat(report_rows)
     order = report_rows.argsort()  # Collate sorts the reports of a batch by length
     return Encoded(
@@ -590,6 +554,27 @@ def encode_texts(run, texts, as_prompts=False):
     return finite_features(features)
 
 
+def encode_images(run, images):
+    """Paths, Pillow images or grey (H, W) uint8 arrays -> (N, D) float32, unit length."""
+    images = [np.asarray(each.convert("L")) if isinstance(each, Image.Image) else each for each in images]
+    for image in images:
+        if isinstance(image, np.ndarray) and (image.ndim, image.dtype) != (2, np.uint8):
+            raise BadInput(f"an image as array is (H, W) uint8, not {image.shape} {image.dtype}")
+    return encode(run, bare_records(images)).image_features
+
+
+def bare_records(images):
+    """Records of images of which nothing else is known."""
+    images = [image if isinstance(image, np.ndarray) else Path(image) for image in images]
+    return [data.Record(image, None, frozenset(), str(i), "images") for i, image in enumerate(images)]
+
+
+def encode_prompts(run, findings):
+    """The prompt of each finding as in training -> (C, D) float32, unit length."""
+    texts = [prompts.label_prompt(finding, run.args.template) for finding in findings]
+    return encode_texts(run, texts, as_prompts=True)
+
+
 def encode_findings(run, texts):
     """{finding: [prompt, ...]} -> [(T, D) float32 for each finding]."""
     features = encode_texts(run, [text for each in texts.values() for text in each], as_prompts=True)
@@ -600,54 +585,45 @@ def encode_findings(run, texts):
 
 
 def read_prompts(source, findings):
-    """Prompts of the findings' presence and of their absence.
+    """Prompts of the findings' presence and of their absence -> two {finding: [text, ...]}.
 
-    Args:
-        source: name of a set in prompts.py, a template with {}, or FILE.json with {finding: [text, ...]} or
-            {finding: {"positive": [text, ...], "negative": [text, ...]}}.
-
-    Returns:
-        two {finding: [text, ...]}; the second lacks the findings of which a file has no negative.
-
-    Raises:
-        BadInput: the file cannot be used, or has no prompt for a finding.
+    source: name of a set in prompts.py, a template with {}, or FILE.json with {finding: [text, ...]} or
+    {finding: {"positive": [text, ...], "negative": [text, ...]}}; the negative ones may be left out.
     """
     if source in (*prompts.TEMPLATES, "ensemble") or "{}" in source:
         return tuple(prompts.prompt_set(findings, source, by) for by in (prompts.wordings, prompts.negations))
+    sides = {"positive": {}, "negative": {}}
     try:
-        table = json.loads(Path(source).read_text(encoding="utf-8"))
-        table = {name: {"positive": each} if isinstance(each, list) else each for name, each in table.items()}
-        for each in table.values():
-            if not each.keys() <= {"positive", "negative"}:
-                raise ValueError("a finding has something else than positive and negative prompts")
-            for texts in each.values():
-                if not (isinstance(texts, list) and texts and all(text.encode() for text in texts)):
-                    raise ValueError("the prompts of a finding are no list of texts")
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        for name, each in json.loads(Path(source).read_text(encoding="utf-8")).items():
+            for side, texts in ({"positive": each} if isinstance(each, list) else each).items():
+                if not texts or not isinstance(texts, list) or not all(text.encode() for text in texts):
+                    raise ValueError(f"{name!r} has no list of texts")
+                sides[side][name] = texts
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         form = '{finding: [text, ...]} or {finding: {"positive": [...], "negative": [...]}}'
         raise BadInput(f"{source} is no prompt set ({error}); it needs {form}") from error
     for name in findings:
-        if "positive" not in table.get(name, ()):
-            raise BadInput(f"{source} has no prompt for {name!r}; it has {', '.join(table)}, see --classes")
-    negative = {name: table[name]["negative"] for name in findings if "negative" in table[name]}
-    return {name: table[name]["positive"] for name in findings}, negative
+        if name not in sides["positive"]:
+            known = ", ".join(sides["positive"])
+            raise BadInput(f"{source} has no prompt for {name!r}; it has {known}, see --classes")
+    return tuple({name: side[name] for name in findings if name in side} for side in sides.values())
 
 
-COMBINE = ("mean-embedding", "mean-similarity", "max")
+def unit(vector):
+    return vector / np.linalg.norm(vector)
+
+
+# How the T prompts of one finding become its score of N images: (N, D), (T, D) -> (N,).
+COMBINE = {
+    "mean-embedding": lambda images, texts: images @ unit(texts.mean(0)),  # family: CLIP
+    "mean-similarity": lambda images, texts: (images @ texts.T).mean(1),  # family: MedCLIP
+    "max": lambda images, texts: (images @ texts.T).max(1),  # family: MedCLIP
+}
 
 
 def combined(image_features, prompt_features, combine):
-    """Score of each finding for each image: (N, D), [(T, D), ...] of C findings -> (N, C).
-
-    "mean-embedding": cosine with the mean of its prompt features (family: CLIP); "mean-similarity": mean of
-    the cosines; "max": the largest (both family: MedCLIP). With one prompt all three are its cosine.
-    """
-    if combine == "max":
-        return np.stack([(image_features @ features.T).max(1) for features in prompt_features], axis=1)
-    means = np.stack([features.mean(0) for features in prompt_features])
-    if combine == "mean-embedding":
-        means /= np.linalg.norm(means, axis=1, keepdims=True)
-    return image_features @ means.T
+    """Score of each finding for each image: (N, D), [(T, D), ...] of C findings -> (N, C), see COMBINE."""
+    return np.stack([COMBINE[combine](image_features, texts) for texts in prompt_features], axis=1)
 
 
 def chosen_classes(encoded, classes):
@@ -661,43 +637,32 @@ def chosen_classes(encoded, classes):
 
 
 def zero_shot(run, encoded, *, prompt_set=None, combine="mean-embedding", classes=None):
-    """Classification by label prompts (paper).
+    """Classification by label prompts (paper) -> {metric: Measure}.
 
     Accuracy and balanced accuracy over the images with exactly one of the classes, by the highest score.
     AUROC of each finding over the images in which it is known to be present or absent, by its score; "pair
     AUROC" by its score less that of the prompts of its absence (family: CheXzero, whose softmax over the two
-    gives the same ranking). Where a class has several prompts, the other ways to combine them are shown, too.
+    gives the same ranking); "absence AUROC" of absence, by the prompts of absence alone.
 
-    Args:
-        prompt_set: see read_prompts; None is the template of training. combine: see combined.
-        classes: names; None takes all findings of the records.
-
-    Returns:
-        {metric: Measure}
+    prompt_set: see read_prompts; None is the template of training. combine: see COMBINE.
+    classes: names; None takes all findings of the records.
     """
     classes, columns = chosen_classes(encoded, classes)
-    present, absent = encoded.present[:, columns], encoded.absent[:, columns]
     if not classes:
         raise Lacking("zero-shot needs labels, and these data have none")
+    present, absent = encoded.present[:, columns], encoded.absent[:, columns]
     positive, negative = read_prompts(prompt_set or run.args.template, classes)
-    features = encode_findings(run, positive)
-    several = any(len(texts) > 1 for texts in positive.values())
-
-    measures = {}
-    for way in [combine, *(other for other in COMBINE if several and other != combine)]:
-        scores = combined(encoded.image_features, features, way)  # (N, classes)
-        each = classification(scores, present, absent, encoded.patients, classes)
-        if way == combine:
-            measures |= each
-        else:
-            measures |= {f"{k}, {way}": each[k] for k in ("accuracy", "AUROC mean") if k in each}
-    paired = [i for i, name in enumerate(classes) if name in negative]
-    if paired:
-        features = [features[i] for i in paired], encode_findings(run, negative)
-        scores = np.subtract(*(combined(encoded.image_features, each, combine) for each in features))
-        names = [classes[i] for i in paired]
-        each = classification(scores, present[:, paired], absent[:, paired], encoded.patients, names)
-        measures |= {f"pair {k}": measure for k, measure in each.items() if k.startswith("AUROC")}
+    scores = combined(encoded.image_features, encode_findings(run, positive), combine)  # (N, C)
+    measures = classification(scores, present, absent, encoded.patients, classes)
+    names = [name for name in classes if name in negative]
+    if names:
+        rows = [classes.index(name) for name in names]
+        of_absence = combined(encoded.image_features, encode_findings(run, negative), combine)
+        present, absent = present[:, rows], absent[:, rows]
+        pair = classification(scores[:, rows] - of_absence, present, absent, encoded.patients, names)
+        alone = classification(of_absence, absent, present, encoded.patients, names)
+        for kind, found in (("pair", pair), ("absence", alone)):
+            measures |= {f"{kind} {k}": each for k, each in found.items() if k.startswith("AUROC")}
     if not measures:
         raise Lacking("zero-shot needs labels of two classes, and these data have none")
     return measures
@@ -717,6 +682,8 @@ def classification(scores, present, absent, patients, names):
         told = baselines(present[single]) | {"patients": patients[single]}
         measures["accuracy"] = Measure(np.mean, (predicted == true,), **told)
         told["constant"] = 1 / len(np.unique(true))
+        pairs = np.bincount(true * len(names) + predicted, minlength=len(names) ** 2)
+        told["counts"] = {"confusion": pairs.reshape(len(names), -1).tolist()}  # rows: true classes
         measures["balanced accuracy"] = Measure(balanced_accuracy, (predicted, true), **told)
     known = present | absent
     for column, name in enumerate(names):
@@ -726,18 +693,17 @@ def classification(scores, present, absent, patients, names):
             told = {"chance": 0.5, "patients": patients[rows], "counts": {"positives": int(labels.sum())}}
             measures[f"AUROC {name}"] = Measure(auroc, (scores[rows, column], labels), **told)
     if any(metric.startswith("AUROC") for metric in measures):
-        told = {"chance": 0.5, "patients": patients}
-        measures["AUROC mean"] = Measure(mean_auroc, (scores, present, known), **told)
+        arrays, told = (scores, present, known), {"patients": patients}
+        measures["AUROC mean"] = Measure(mean_auroc, arrays, chance=0.5, **told)
+        blind = mean_over_findings(lambda _, labels: labels.mean(), *arrays)
+        measures["mAP"] = Measure(partial(mean_over_findings, average_precision), arrays, blind, **told)
     return measures
 
 
 def class_sentences(records, findings, count, seed=0):
-    """Draws sentences for each finding from the reports of images with exactly that finding.
+    """Draws sentences of each finding from reports with exactly that finding -> K str, (K, C) bool.
 
     A sentence in reports of two findings, such as "The bones are intact.", is left out (ours).
-
-    Returns:
-        list of K str and their labels, (K, C) bool.
     """
     found = {}
     for record in records:
@@ -753,88 +719,88 @@ def class_sentences(records, findings, count, seed=0):
     return texts, np.eye(len(findings), dtype=bool).repeat(count, 0)
 
 
-def class_level(images, texts, image_labels, text_labels, patients):
-    """P@K both ways of images and texts with known findings: (N, D), (T, D), (N, C), (T, C) -> Measures.
+class Side(NamedTuple):
+    """The images or the texts of a retrieval. A candidate is right where its key is the query's."""
 
-    patients: of the images and of the texts, each None or (N,) int; queries are drawn by them.
+    features: torch.Tensor  # (N, D) float32, unit length
+    keys: torch.Tensor  # (N,) int64, each key is on both sides
+    patients: np.ndarray = None  # (N,) int, whose it is
+
+
+def hit_chance(right, count, k):
+    """Chance that k blind draws from `count` candidates have a right one: (Q,) numbers of these -> float."""
+    missed = np.prod([np.maximum(count - right - i, 0) / (count - i) for i in range(k)], axis=0)
+    return 1 - missed.mean()
+
+
+def retrieved(images, texts, by_class):
+    """P@K and Hit@K, or R@K and median rank, both ways, of two Sides -> Measures.
+
+    i2t has images as queries and texts as candidates, t2i the reverse. K beyond the candidates is left out.
     """
-    sets = label_sets(image_labels, text_labels)
-    measures, sides = {}, list(zip((images, texts), sets, patients, strict=True))
-    for way, (queries, query_sets, of_queries), (candidates, candidate_sets, _) in (
-        ("i2t", *sides),
-        ("t2i", *reversed(sides)),
-    ):
-        ks = [k for k in (1, 2, 5, 10) if k <= len(candidates)]
-        of_set = torch.bincount(candidate_sets, minlength=int(query_sets.max()) + 1)
-        chance = float(of_set[query_sets].double().mean() / len(candidates))  # a random candidate is relevant
-        precision = partial(shares_at_k, candidate_sets=candidate_sets, ks=ks)
-        shares = in_chunks(precision, queries, candidates, query_sets)
-        told = {"chance": chance, "patients": of_queries, "counts": {"candidates": len(candidates)}}
-        for k, share in zip(ks, shares.T.numpy(), strict=True):
-            measures[f"{way}_P@{k}"] = Measure(np.mean, (share,), **told)
+    measures = {}
+    for way, queries, candidates in (("i2t", images, texts), ("t2i", texts, images)):
+        count = len(candidates.keys)
+        right = torch.bincount(candidates.keys, minlength=int(queries.keys.max()) + 1)[queries.keys].numpy()
+        told = {"patients": queries.patients, "counts": {"candidates": count}}
+        ks = [k for k in ((1, 2, 5, 10) if by_class else (1, 5, 10)) if k <= count]
+        if by_class:
+            ranked = partial(shares_at_k, candidate_sets=candidates.keys, ks=ks)
+            shares = in_chunks(ranked, queries.features, candidates.features, queries.keys).numpy()
+            for k, share in zip(ks, shares.T, strict=True):
+                measures[f"{way}_P@{k}"] = Measure(np.mean, (share,), right.mean() / count, **told)
+            for k, share in zip(ks[1:], shares.T[1:], strict=True):  # Hit@1 is P@1
+                measures[f"{way}_Hit@{k}"] = Measure(
+                    np.mean, (share > 0,), hit_chance(right, count, k), **told
+                )
+        else:
+            ranked = partial(partner_rank, candidate_ids=candidates.keys)
+            rank = in_chunks(ranked, queries.features, candidates.features, queries.keys).numpy()
+            for k in ks:
+                measures[f"{way}_R@{k}"] = Measure(np.mean, (rank < k,), hit_chance(right, count, k), **told)
+            chance = ((count - right) / (right + 1)).mean() + 1
+            measures[f"{way}_median rank"] = Measure(np.median, (rank + 1,), chance, **told)
     return measures
 
 
-def instance_level(images, texts, text_of_image, patients):
-    """R@K and median rank both ways: (N, D), (T, D) of different texts, (N,) int64 -> Measures.
-
-    A text that several images have is one candidate; as a query, it looks for any of these images. patients:
-    of the images and of the texts, (N,) and (T,) int; queries are drawn by them.
-    """
-    measures, each = {}, torch.arange(len(texts))
-    for way, queries, candidates, query_ids, candidate_ids, of_queries in (
-        ("i2t", images, texts, text_of_image, each, patients[0]),
-        ("t2i", texts, images, each, text_of_image, patients[1]),
-    ):
-        rank = partial(partner_rank, candidate_ids=candidate_ids)
-        rank = in_chunks(rank, queries, candidates, query_ids).numpy()
-        own, count = torch.bincount(candidate_ids)[query_ids].numpy(), len(candidates)
-        told = {"patients": of_queries, "counts": {"candidates": count}}
-        for k in (k for k in (1, 5, 10) if k <= count):
-            missed = np.prod([np.maximum(count - own - i, 0) / (count - i) for i in range(k)], axis=0)
-            measures[f"{way}_R@{k}"] = Measure(np.mean, (rank < k,), chance=1 - missed.mean(), **told)
-        chance = ((count - own) / (own + 1)).mean() + 1
-        measures[f"{way}_median rank"] = Measure(np.median, (rank + 1,), chance=chance, **told)
-    return measures
-
-
-def retrieval(run, encoded, *, sentences=None, sentences_from=None, split="test"):
-    """Images and texts, both ways: i2t has images as queries and texts as candidates, t2i the reverse.
+def retrieval(run, encoded, *, sentences=None, training=None):
+    """Images and texts, both ways.
 
     P@K (class level, paper) over the reports with known findings; R@K and median rank (instance level) over
-    all reports, copies of a text merged. K beyond the number of candidates is left out.
+    all reports: a text that several images have is one candidate; as a query, it looks for any of them.
 
     Args:
         sentences: so many sentences of each finding in place of the reports, see class_sentences; the images
             are those with exactly one finding, and there is no instance level.
-        sentences_from: data sets whose reports of this split have the sentences; None: the evaluated ones.
+        training: function -> records whose reports have the sentences.
 
     Returns:
         {"i2t_P@1": Measure, ...}
     """
-    images = torch.as_tensor(encoded.image_features)
+    images, patients = torch.as_tensor(encoded.image_features), encoded.patients
     if sentences:
         single = encoded.present.sum(1) == 1
         if not single.any():
             raise Lacking("sentences need images with exactly one finding, and these data have none")
-        records = data.load_records(sentences_from, split) if sentences_from else encoded.records
-        texts, text_labels = class_sentences(records, encoded.findings, sentences)
-        features, patients = torch.as_tensor(encode_texts(run, texts)), (encoded.patients[single], None)
-        return class_level(images[single], features, encoded.present[single], text_labels, patients)
+        texts, text_labels = class_sentences(training(), encoded.findings, sentences)
+        image_sets, text_sets = label_sets(encoded.present[single], text_labels)
+        texts = Side(torch.as_tensor(encode_texts(run, texts)), text_sets)
+        return retrieved(Side(images[single], image_sets, patients[single]), texts, by_class=True)
     if not len(encoded.report_features):
         raise Lacking("retrieval needs reports, and these data have none")
-    images, labels = images[encoded.report_rows], encoded.present[encoded.report_rows]
-    text = numbered(" ".join(encoded.records[row].report.split()) for row in encoded.report_rows)
+    rows = encoded.report_rows
+    images, patients, labels, measures = images[rows], patients[rows], encoded.present[rows], {}
+    text = numbered(" ".join(encoded.records[row].report.split()) for row in rows)
     first = np.unique(text, return_index=True)[1]
     texts = torch.as_tensor(encoded.report_features[first])
-    patients, known, measures = encoded.patients[encoded.report_rows], labels.any(1), {}
-    if known.any():
+    known = labels.any(1)
+    if known.any():  # copies of a text have one and the same feature, so they tie
         sides = (
-            images[known],
-            texts[text[known]],
-        )  # copies of a text have one and the same feature, so they tie
-        measures |= class_level(*sides, labels[known], labels[known], 2 * (patients[known],))
-    return measures | instance_level(images, texts, torch.tensor(text), (patients, patients[first]))
+            Side(each[known], *label_sets(labels[known]), patients[known]) for each in (images, texts[text])
+        )
+        measures |= retrieved(*sides, by_class=True)
+    sides = Side(images, torch.tensor(text), patients), Side(texts, torch.arange(len(texts)), patients[first])
+    return measures | retrieved(*sides, by_class=False)
 
 
 def drawn_by_patient(records, percent, seed):
@@ -873,49 +839,43 @@ def transfer(encoded, train, fractions, repeats, train_and_score, what):
         train: records. fractions: percent of their patients. repeats: draws of each fraction but 100.
         train_and_score: records, number of the draw -> (N, C) scores of the evaluated records.
     """
+    scores, measures, present = {}, {}, encoded.present
     draws = [(percent, n) for percent in fractions for n in range(1 if percent == 100 else repeats)]
-    scores, measures = {}, {}
     for percent, n in progress(draws, what, unit="classifier"):
         found = train_and_score(drawn_by_patient(train, percent, n), n)
         scores.setdefault(percent, []).append(found)
     for percent, each in scores.items():
-        measures |= transferred(encoded, percent, np.stack(each, axis=2))
+        each = np.stack(each, axis=2)  # (N, C, draws)
+        told = {"patients": encoded.patients, "trained": each.shape[2]}
+        if (present.sum(1) == 1).all() and present.shape[1] > 1:
+            right = each.argmax(1) == present.argmax(1)[:, None]
+            measures[f"{percent:g} % accuracy"] = Measure(np.mean, (right,), **baselines(present), **told)
+        measure = Measure(mean_auroc, (each, present, present | encoded.absent), chance=0.5, **told)
+        if not np.isnan(measure.value):
+            measures[f"{percent:g} % AUROC mean"] = measure
     return measures
 
 
-def transferred(encoded, percent, scores):
-    """Measures of (N, C, T) scores by T classifiers; accuracy only where each image has just one finding."""
-    measures, present, known = {}, encoded.present, encoded.present | encoded.absent
-    told = {"patients": encoded.patients, "trained": scores.shape[2]}
-    if (present.sum(1) == 1).all() and present.shape[1] > 1:
-        right = scores.argmax(1) == present.argmax(1)[:, None]
-        measures[f"{percent:g} % accuracy"] = Measure(np.mean, (right,), **baselines(present), **told)
-    if not np.isnan(mean_auroc(scores[..., 0], present, known)):
-        arrays = scores, present, known
-        measures[f"{percent:g} % AUROC mean"] = Measure(mean_auroc, arrays, chance=0.5, **told)
-    return measures
+def cross_entropy(scores, present, known):
+    """Mean over the cells in which a finding is known: (N, C) float, two (N, C) bool -> () float."""
+    loss = torch.nn.functional.binary_cross_entropy_with_logits
+    return loss(scores.float(), present.float(), known.float(), reduction="sum") / known.sum().clamp(min=1)
 
 
 def logistic_regression(features, present, absent, penalty, steps=100):
-    """One regression for each finding over the rows where it is known, by L-BFGS on the mean cross-entropy.
+    """One regression for each finding over the rows where it is known, by L-BFGS.
 
-    Args:
-        features: (N, F) float32. present, absent: (N, C) bool. penalty: of half the squared weights.
-
-    Returns:
-        (F + 1, C) float32, the intercept last, without penalty.
+    (N, F) float32, two (N, C) bool, factor of half the squared weights -> (F + 1, C) float32; the intercept,
+    which has no penalty, is the last row.
     """
-    known = (present | absent).float()
     features = torch.cat([features, torch.ones(len(features), 1)], dim=1)
     weight = torch.zeros(features.shape[1], present.shape[1], requires_grad=True)
     optimizer = torch.optim.LBFGS([weight], max_iter=steps, line_search_fn="strong_wolfe")
 
     def loss():
         optimizer.zero_grad()
-        entropy = torch.nn.functional.binary_cross_entropy_with_logits(
-            features @ weight, present.float(), known, reduction="sum"
-        )
-        value = entropy / known.sum().clamp(min=1) + penalty / 2 * weight[:-1].square().sum()
+        value = cross_entropy(features @ weight, present, present | absent)
+        value = value + penalty / 2 * weight[:-1].square().sum()
         value.backward()
         return value
 
@@ -963,20 +923,15 @@ def linear_probe(run, encoded, *, load, fractions=(1, 10, 100), repeats=5):
 FINE_TUNE_LR, ROUND_STEPS, ROUNDS, ROUNDS_TO_WAIT = 1e-4, 20, 40, 5
 
 
-def image_batches(run, records):
-    """(B, 1, H, W) float each, on the run's device."""
-    transform = data.evaluation_transform(run.args.image_size)
-    for i in range(0, len(records), run.args.batch_size):
-        images = [transform(data.read_image(r.image)) for r in records[i : i + run.args.batch_size]]
-        yield data.normalise(torch.stack(images).to(run.device))
-
-
 @torch.no_grad()
 def tower_scores(run, tower, records):
     """(N, C) float32, in evaluation mode."""
     tower.eval()
     with run.autocast():
-        return torch.cat([tower(images).float().cpu() for images in image_batches(run, records)]).numpy()
+        # its own generator: looking at the records must not change the random numbers of training
+        batches = data.readable(image_loader(run, records, generator=torch.Generator()))
+        scores = [tower(data.normalise(batch.images.to(run.device))).float().cpu() for batch in batches]
+    return torch.cat(scores).numpy()
 
 
 def fine_tuned(run, records, valid, findings, seed):
@@ -994,24 +949,18 @@ def fine_tuned(run, records, valid, findings, seed):
     options = {"shuffle": True, "persistent_workers": run.args.workers > 0}
     loader = image_loader(run, records, findings, transform, **options)
     batches = itertools.chain.from_iterable(data.readable(each) for each in itertools.repeat(loader))
-    present, known_valid = validation_labels(valid, findings)
+    present, known = validation_labels(valid, findings)
     best, since = -1.0, 0
     for _ in progress(range(ROUNDS), "fine-tuning", unit="round"):
         tower.train()
         for batch in itertools.islice(batches, max(ROUND_STEPS, len(loader))):
             batch = data.to_device(batch, run.device)
-            known = (batch.present | batch.absent).float()
-            if not known.any():
-                continue
             with run.autocast():
                 scores = tower(data.normalise(batch.images))
-            loss = torch.nn.functional.binary_cross_entropy_with_logits(
-                scores.float(), batch.present.float(), known, reduction="sum"
-            )
             optimizer.zero_grad()
-            (loss / known.sum()).backward()
+            cross_entropy(scores, batch.present, batch.present | batch.absent).backward()
             optimizer.step()
-        fits = mean_auroc(tower_scores(run, tower, valid), present, known_valid)
+        fits = mean_auroc(tower_scores(run, tower, valid), present, known)
         if fits > best:
             best, since, kept = fits, 0, copy.deepcopy(tower.state_dict())
         else:
@@ -1046,7 +995,7 @@ def prompt_sensitivity(run, encoded, *, classes=None):
         raise Lacking("prompt-sensitivity needs images with exactly one of two classes; these data have none")
     right = {}
     for variant, texts in prompts.variants(classes, run.args.template).items():
-        scores = combined(encoded.image_features[single], encode_findings(run, texts), COMBINE[0])
+        scores = combined(encoded.image_features[single], encode_findings(run, texts), "mean-embedding")
         right[variant] = scores.argmax(1) == present[single].argmax(1)
     said = np.stack([each for variant, each in right.items() if variant != "negated"], axis=1)
     patients = encoded.patients[single]
@@ -1064,18 +1013,16 @@ def prompt_words(run, encoded):
 
     Distance between the centre of the label prompts (one for each finding that a report has alone) and the
     centre of these reports, and the mean cosine of a report with the prompt of its finding and with the
-    others', each with the vectors and without. Norms of the vectors, and the norm that they start with: 0.02
-    √dim in expectation.
+    others', each with the vectors and without. Norm of the vectors; they start with 0.02 √dim.
     """
     labels = encoded.present[encoded.report_rows]
     single = labels.sum(1) == 1
     if not single.any():
         raise Lacking("prompt-words needs reports of images with exactly one finding; these data have none")
-    findings = [name for column, name in enumerate(encoded.findings) if labels[single, column].any()]
-    labels = labels[single][:, [encoded.findings.index(name) for name in findings]]
-    reports, measures = encoded.report_features[single], {}
+    columns = np.flatnonzero(labels[single].any(0))
+    labels, reports, measures = labels[single][:, columns], encoded.report_features[single], {}
     patients = encoded.patients[encoded.report_rows[single]]
-    texts = [prompts.label_prompt(name, run.args.template) for name in findings]
+    texts = [prompts.label_prompt(encoded.findings[column], run.args.template) for column in columns]
 
     def gap(centre, reports):
         return np.linalg.norm(reports.mean(0) - centre)
@@ -1084,16 +1031,14 @@ def prompt_words(run, encoded):
         features = encode_texts(run, texts, as_prompts)
         cosine = reports @ features.T
         own = cosine[labels]
-        others = (cosine.sum(1) - own) / max(1, len(findings) - 1)
+        others = (cosine.sum(1) - own) / max(1, len(texts) - 1)
         distance = Measure(partial(gap, features.mean(0)), (reports,), patients=patients)
         measures[f"distance to the reports, {way}"] = distance
         measures[f"cosine with the own reports, {way}"] = Measure(np.mean, (own,), patients=patients)
         measures[f"cosine with other reports, {way}"] = Measure(np.mean, (others,), patients=patients)
     if run.model.prompt is not None:
         norms = run.model.prompt.context.detach().float().norm(dim=1).cpu().numpy()
-        start = np.full(len(norms), 0.02 * run.model.prompt.context.shape[1] ** 0.5)
         measures["norm of the vectors"] = Measure(np.mean, (norms,))
-        measures["norm of the vectors at the start"] = Measure(np.mean, (start,))
     return measures
 
 
@@ -1165,11 +1110,7 @@ def quick_scores(run, records):
 
 FONT = ImageFont.load_default(13)
 LINE = 17  # pixels from one line of text to the next
-
-
-def shown(record, side):
-    """The image of a record as the model sees it, padded to a square -> Pillow image of mode "L"."""
-    return to_pil_image(data.evaluation_transform(side)(data.read_image(record.image)))
+TITLE = 22  # pixels of the line above a tile
 
 
 def wrapped(text, width):
@@ -1183,54 +1124,49 @@ def wrapped(text, width):
     return lines
 
 
-def titled(picture, title):
-    """Pillow image -> the same below one line with its title."""
-    tile = Image.new("RGB", (picture.width, picture.height + 22), "white")
-    tile.paste(picture, (0, 22))
-    ImageDraw.Draw(tile).text((4, 3), wrapped(title, picture.width - 8)[0], "black", FONT)
-    return tile
+def tile(side, title, picture=None, text="", frame=None):
+    """A title above a square with a Pillow image or a text in it -> (3, TITLE + side, side) uint8 tensor."""
+    whole = Image.new("RGB", (side, TITLE + side), "white")
+    draw = ImageDraw.Draw(whole)
+    if picture is not None:
+        whole.paste(picture, (0, TITLE))
+    if frame:
+        draw.rectangle((0, 0, side - 1, TITLE + side - 1), outline=frame, width=3)
+    lines = [wrapped(title, side - 12)[0], *wrapped(text, side - 20)]
+    for i, line in enumerate(lines[: side // LINE]):
+        draw.text((8, 4 + i * LINE), line, "black", FONT)
+    return pil_to_tensor(whole)
 
 
-def grid(tiles, columns, gap=4):
-    """Pillow images of one size -> one picture, row by row."""
-    width, height = tiles[0].width + gap, tiles[0].height + gap
-    rows = -(-len(tiles) // columns)
-    picture = Image.new("RGB", (columns * width + gap, rows * height + gap), "white")
-    for i, tile in enumerate(tiles):
-        picture.paste(tile, (gap + i % columns * width, gap + i // columns * height))
-    return picture
+def save_picture(tiles, columns, path):
+    """Tiles of one size, row by row, as a PNG file that is known again as ours, see check_output."""
+    picture = to_pil_image(make_grid(torch.stack(tiles), columns, padding=4, pad_value=255))
+    mark = PngInfo()
+    mark.add_text("Software", "UMCL")
+    write_whole(path, partial(picture.save, format="PNG", pnginfo=mark))
 
 
-def save_picture(picture, path):
-    try:
-        picture.save(path)
-    except ValueError as error:
-        raise BadInput(f"{path} has no ending of a picture's, such as .png ({error})") from error
+def shown(record, side):
+    """The image of a record as the model sees it, padded to a square -> Pillow image of mode "L"."""
+    return to_pil_image(data.evaluation_transform(side)(data.read_image(record.image)))
 
 
-def gallery(run, encoded, path, rows=4, columns=3):
+def gallery(run, encoded, path, rows=4, columns=3, side=224):
     """Draws random query images beside their nearest reports; a green frame: exactly the same findings."""
     if not len(encoded.report_features):
         raise BadInput("a gallery needs reports, and these data have none")
     images, labels = encoded.image_features[encoded.report_rows], encoded.present[encoded.report_rows]
-    queries = np.random.default_rng(0).permutation(len(images))[:rows]
-    side, tiles = 224, []
-    for query in queries:
+    tiles = []
+    for query in np.random.default_rng(0).permutation(len(images))[:rows]:
         record = encoded.records[encoded.report_rows[query]]
-        tiles.append(titled(shown(record, side), ", ".join(sorted(record.findings))))
+        tiles.append(tile(side, ", ".join(sorted(record.findings)), shown(record, side)))
         for rank, near in enumerate((-(images[query] @ encoded.report_features.T)).argsort()[:columns], 1):
             found = encoded.records[encoded.report_rows[near]]
             match = (labels[near] == labels[query]).all() and labels[query].any()
-            tile = Image.new("RGB", (side, side + 22), "white")
-            draw = ImageDraw.Draw(tile)
-            draw.rectangle((0, 0, side - 1, side + 21), outline="green" if match else "red", width=3)
-            own = ", its own report" if near == query else ""
-            parts = f"{rank}. {'match' if match else 'no match'}{own}", ", ".join(sorted(found.findings)), ""
-            lines = [line for part in (*parts, found.report) for line in wrapped(part, side - 20)]
-            for i, line in enumerate(lines[: (side + 22 - 16) // LINE]):
-                draw.text((10, 7 + i * LINE), line, "black", FONT)
-            tiles.append(tile)
-    save_picture(grid(tiles, 1 + columns), path)
+            title = f"{rank}. {'match' if match else 'no match'}{', its own report' * bool(near == query)}"
+            text = f"[{', '.join(sorted(found.findings))}] {found.report}"
+            tiles.append(tile(side, title, text=text, frame="green" if match else "red"))
+    save_picture(tiles, 1 + columns, path)
 
 
 @torch.no_grad()
@@ -1244,12 +1180,13 @@ def similarity_maps(run, records, text_features):
         (N, S, S) float32 in -1 ... 1
     """
     run.model.eval()
-    maps, texts = [], torch.as_tensor(text_features).to(run.device).split(run.args.batch_size)
-    for images, of_images in zip(image_batches(run, records), texts, strict=True):
+    maps, texts = [], torch.as_tensor(text_features)
+    for batch in data.readable(image_loader(run, records)):
+        images = data.normalise(batch.images.to(run.device))
         with run.autocast():
             cells = run.model.project_image(run.model.image_encoder.cells(images))  # (B, S², D)
-        maps.append((cells @ of_images[:, :, None])[..., 0])
-    maps = torch.cat(maps).cpu()
+        maps.append((cells.cpu() @ texts[batch.rows, :, None])[..., 0])
+    maps = torch.cat(maps)
     side = int(maps.shape[1] ** 0.5)
     return maps.view(-1, side, side).numpy()
 
@@ -1262,34 +1199,25 @@ def tinted(grey, cosines):
 
 
 def heatmap(run, encoded, path, prompt_set=None, classes=None, each=2, side=144):
-    """Draws images with exactly one finding beside their similarity maps with its prompt, on one scale."""
+    """Draws images with exactly one finding beside their similarity maps with its prompt, and the scale."""
     classes, columns = chosen_classes(encoded, classes)
     single = encoded.present.sum(1) == 1
-    rows = [row for c in columns for row in np.flatnonzero(single & encoded.present[:, c])[:each]]
-    if not rows:
+    chosen = [np.flatnonzero(single & encoded.present[:, column])[:each] for column in columns]
+    rows = np.concatenate([np.zeros(0, int), *chosen])
+    if not len(rows):
         raise BadInput("a heat map needs images with exactly one finding, and these data have none")
-    names = [encoded.findings[encoded.present[row].argmax()] for row in rows]
     features = encode_findings(run, read_prompts(prompt_set or run.args.template, classes)[0])
-    means = np.stack([each.mean(0) / np.linalg.norm(each.mean(0)) for each in features])
+    of_row = np.repeat(np.arange(len(classes)), [len(each) for each in chosen])
+    texts = np.stack([unit(each.mean(0)) for each in features])[of_row]
     records, tiles = [encoded.records[row] for row in rows], []
-    texts = means[[classes.index(name) for name in names]]
-    of_images = (encoded.image_features[rows] * texts).sum(1)
-    maps = similarity_maps(run, records, texts)
-    for record, name, cosine, cells in zip(records, names, of_images, maps, strict=True):
-        grey = shown(record, side)
+    for i, cells in enumerate(similarity_maps(run, records, texts)):
+        grey, cosine = shown(records[i], side), encoded.image_features[rows[i]] @ texts[i]
         cosines = np.asarray(Image.fromarray(cells).resize((side, side), Image.Resampling.BILINEAR))
-        tiles += [titled(grey, name), titled(tinted(np.asarray(grey), cosines), f"cosine {cosine:+.2f}")]
-    pictures = grid(tiles, 4)
-    scale = np.tile(np.linspace(-1, 1, pictures.width - 80), (14, 1))
-    whole = Image.new("RGB", (pictures.width, pictures.height + 62), "white")
-    whole.paste(pictures, (0, 0))
-    whole.paste(tinted(np.full(scale.shape, 128), scale), (40, pictures.height + 6))
-    draw = ImageDraw.Draw(whole)
-    for x, text in ((0, "-1"), (0.25, "-0.5"), (0.5, "0"), (0.75, "0.5"), (1, "1")):
-        draw.text((40 + x * scale.shape[1], pictures.height + 22), text, "black", FONT, anchor="ma")
-    told = "cosine of each place with the prompt of the finding"
-    draw.text((whole.width / 2, pictures.height + 41), told, "black", FONT, anchor="ma")
-    save_picture(whole, path)
+        tiles.append(tile(side, classes[of_row[i]], grey))
+        tiles.append(tile(side, f"cosine {cosine:+.2f}", tinted(np.asarray(grey), cosines)))
+    scale = np.tile(np.linspace(-1, 1, side), (side, 1))
+    tiles.append(tile(side, "scale: -1 to +1", tinted(np.full((side, side), 128), scale)))
+    save_picture(tiles, 4, path)
 
 
 # ------------------------------------------------------------------------------------------------- program
@@ -1301,6 +1229,47 @@ def say(text):
         print(text, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# How a file that this program has written is known again, by its ending: bytes near its start.
+SIGNATURES = {".png": b"UMCL", ".npz": b"image_features", ".csv": b"cosine "}
+
+
+def check_output(path, ending):
+    """Refuses, before anything is computed, to replace a file that this program has not written."""
+    if Path(path).suffix.lower() != ending:
+        raise BadInput(f"{path}: the name of this file has to end in {ending}")
+    if ending == ".json":
+        read_results(path)
+    elif Path(path).exists():
+        with open(path, "rb") as file:
+            if SIGNATURES[ending] not in file.read(1000):
+                raise BadInput(f"{path} is there and was not written by this program; name another file")
+
+
+def read_results(path):
+    """A file of results -> dict, empty where there is none."""
+    try:
+        entries = json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else {}
+        if not all("metrics" in entry for entry in entries.values()):
+            raise ValueError("an entry has no metrics")
+        return entries
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise BadInput(f"{path} holds no results ({error}); move it away") from error
+
+
+def write_text(path, text):
+    write_whole(path, lambda temporary: temporary.write_bytes(text.encode("utf-8", "replace")))
+
+
+def write_features(encoded, path):
+    """Image and report features with the ids of their images, or their places in the list, as .npz."""
+    ids = np.array([record.id or str(i) for i, record in enumerate(encoded.records)])
+    arrays = {"image_features": encoded.image_features, "image_ids": ids}
+    arrays |= {"report_features": encoded.report_features, "report_ids": ids[encoded.report_rows]}
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    write_whole(path, lambda temporary: temporary.write_bytes(file.getvalue()))
 
 
 def newest_checkpoint():
@@ -1329,6 +1298,8 @@ def print_table(task, entries, all_metrics=True):
     if len(rows) < len(entries):
         say(f"({len(entries) - len(rows)} more with --all-metrics)")
     for name, entry in entries.items():
+        for i, counts in enumerate(entry.get("confusion", ()) if all_metrics else ()):
+            say(f"{f'images of class {i + 1} predicted as each':{width}}" + "".join(f"{n:6}" for n in counts))
         if task == "zero-shot" and "AUROC" in name and entry["high"] < 0.5:
             say(f"warning: {name} is below 0.5: do its prompts and labels mean the same?")
 
@@ -1355,17 +1326,6 @@ def commit():
     return name
 
 
-def write_results(path, entries):
-    """Puts entries in the place of those of the same name and leaves the others as they are."""
-    path = Path(path)
-    try:
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        text = json.dumps({**before, **entries}, indent=1) + "\n"
-    except (ValueError, TypeError, RecursionError) as error:
-        raise BadInput(f"{path} holds no results ({error}); move it away") from error
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
 # fmt: off
 def build_parser():
     positive = number_type(int, 1)
@@ -1374,45 +1334,53 @@ def build_parser():
     c = p.add_mutually_exclusive_group()
     c.add_argument("--checkpoint", help="RUN or RUN/best.pt; default the newest run's best")
     c.add_argument("--compare", nargs="+", metavar="RUN", help="several, side by side on the same records")
-    p.add_argument("--data", nargs="+", metavar="NAME[=ROOT]", help="default: what the run was trained on")
-    p.add_argument("--split", choices=data.SPLITS, default="test")
+    d = p.add_mutually_exclusive_group()
+    d.add_argument("--data", nargs="+", metavar="NAME[=ROOT]", help="default: what the run was trained on")
+    d.add_argument("--images", nargs="+", metavar="FILE_OR_FOLDER",
+                   help="no task and no table: the cosine of these images with the prompt of each class")
+    p.add_argument("--split", choices=[*data.SPLITS, "all"], default="test")
     p.add_argument("--limit", type=positive, help="only the first N records of each data set")
     p.add_argument("--ids", metavar="FILE", help="exactly the images of this list of `data.py protocol`")
     p.add_argument("--classes", nargs="+", metavar="NAME",
                    help='findings to tell apart by prompts, such as COVID-19 "No Finding"; default those of '
-                        "the data, or of --findings in training")
+                        "the data, or of --findings in training; with --images those of training")
     s = p.add_mutually_exclusive_group()
     s.add_argument("--prompt-set", choices=[*prompts.TEMPLATES, "ensemble"],
                    help="zero-shot prompts; default the trained template; ensemble: all there are")
     s.add_argument("--prompts", dest="prompt_set", metavar="FILE.json",
                    help="or your own, {finding: [text, ...]}; see evaluate.py::read_prompts")
-    p.add_argument("--combine", choices=COMBINE, default=COMBINE[0], help="several prompts of a finding")
+    p.add_argument("--combine", choices=COMBINE, default="mean-embedding", help="several prompts of a class")
     p.add_argument("--sentences", type=positive, metavar="K",
-                   help="retrieve among K drawn sentences of each finding instead of the images' reports")
-    p.add_argument("--sentences-from", nargs="+", metavar="NAME[=ROOT]",
-                   help="data sets whose reports have these sentences; default the evaluated ones")
+                   help="retrieve among K sentences of each finding, drawn from the reports that the run was "
+                        "trained on, instead of the images' reports")
     p.add_argument("--fractions", type=number_type(float, 0.001, 100), nargs="+", default=(1, 10, 100),
                    metavar="PERCENT", help="of the training patients, for linear-probe and fine-tune")
     p.add_argument("--repeats", type=positive, default=5, help="draws of each of them but 100")
-    p.add_argument("--out", metavar="FILE.json", help="results; default results.json in the run's folder")
-    p.add_argument("--all-metrics", action="store_true", help="print all rows, not the main ones alone")
+    p.add_argument("--out", metavar="FILE", help="results, default RUN/results.json; with --images FILE.csv")
+    p.add_argument("--all-metrics", action="store_true",
+                   help="print all rows, not the main ones alone")
     p.add_argument("--gallery", metavar="FILE.png", help="draw images and the reports that they retrieve")
     p.add_argument("--heatmap", metavar="FILE.png", help="draw where images are like their label's prompt")
+    p.add_argument("--features", metavar="FILE.npz", help="write features of images and reports, with ids")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    p.add_argument("--threads", type=number_type(int, 1, 1024), default=os.cpu_count(), help="on the CPU")
     return p
 # fmt: on
 
 
+def load_split(args, run, specs, split):
+    """The records of a split of these data sets, read as the run read its own."""
+    options = {"views": run.args.views, "uncertain": run.args.uncertain}
+    splits = data.SPLITS if split == "all" else [split]
+    return [record for each in splits for record in data.load_records(specs, each, args.limit, **options)]
+
+
 def chosen_records(args, run):
     """The records to evaluate -> (records, words for which they are)."""
-    if not args.ids:
-        options = {"views": run.args.views, "uncertain": run.args.uncertain}
-        records = data.load_records(args.data, args.split, args.limit, **options)
-        chosen = f"{args.split} split"
-    else:
+    if args.ids:
         records = data.listed_records(args.data, data.read_ids(args.ids), run.args.uncertain)
-        records, chosen = records[: args.limit], f"list {args.ids}"
-    return records, f"{chosen} of {', '.join(args.data)}" + (f", first {args.limit}" if args.limit else "")
+        return records[: args.limit], f"list {args.ids}"
+    return load_split(args, run, args.data, args.split), f"{args.split} split"
 
 
 def classes_of(runs, findings):
@@ -1423,24 +1391,30 @@ def classes_of(runs, findings):
     return [name for name in findings if chosen and all(name in each for each in chosen)] or None
 
 
-def run_task(task, args, run, encoded, checkpoint, chosen):
-    """-> ({metric: Measure}, name of the entry in results.json, the entry)."""
-    views = {"views": run.args.views, "uncertain": run.args.uncertain}
-    given = {
-        **vars(args),
-        "prompt_set": args.prompt_set or run.args.template,
-        "load": lambda split: data.load_records(args.data, split, args.limit, **views),
-    }
+def run_task(task, args, run, encoded):
+    """-> ({metric: Measure}, the options that the task was given)."""
+
+    def training():
+        return data.hold_out(load_split(args, run, run.args.data, "train"), encoded.records)
+
+    given = {**vars(args), "prompt_set": args.prompt_set or run.args.template, "training": training}
+    given["load"] = partial(load_split, args, run, args.data)
     options = {name: given[name] for name in inspect.signature(TASKS[task]).parameters if name in given}
-    measures = TASKS[task](run, encoded, **options)
-    told = {k: v for k, v in options.items() if k not in ("split", "load") and v is not None}
+    told = {k: v for k, v in options.items() if not callable(v) and v is not None}
+    return TASKS[task](run, encoded, **options), told
+
+
+def result_of(task, args, run, encoded, checkpoint, chosen, measures, options):
+    """-> (name, entry) of a task for results.json. Folders of the data stand in "data" alone."""
     labels, reports = records_sha256(encoded.records)
     with_report = {record.source for record in encoded.records if record.report}
     labelled = int(encoded.present.any(1).sum())
+    bar = progress(measures.items(), "intervals", delay=1)
     entry = {
         "task": task,
-        "options": told,
-        "data": chosen,
+        "options": options,
+        "data": args.data,
+        "chosen": chosen,
         "checkpoint": str(checkpoint),
         "counts": {"images": len(encoded.records), "reports": len(encoded.report_rows), "labelled": labelled},
         "fingerprint": {"labels": labels, "reports": reports},
@@ -1448,15 +1422,19 @@ def run_task(task, args, run, encoded, checkpoint, chosen):
         "seed": run.args.seed,
         "commit": commit(),
         "versions": {m.__name__: m.__version__ for m in (np, torch, torchvision, transformers)},
+        "metrics": {metric: entry_of(measure) for metric, measure in bar},
     }
-    bar = progress(measures.items(), "intervals", delay=1)
-    entry["metrics"] = {metric: entry_of(measure) for metric, measure in bar}
-    if "prompt_set" in told:
-        classes = told.get("classes") or encoded.findings
-        entry["prompts"] = read_prompts(told["prompt_set"], classes)
+    if "prompt_set" in options:
+        classes = options.get("classes") or encoded.findings
+        entry["prompts"] = read_prompts(options["prompt_set"], classes)
         entry["not trained"] = [each for each in classes if each not in run.findings]
-    name = ", ".join([task, str(checkpoint), chosen, *(f"{k} {v}" for k, v in told.items())])
-    return measures, name, entry
+    sets = [
+        f"{name}={Path(root).name}" if root else name
+        for name, _, root in (s.partition("=") for s in args.data)
+    ]
+    parts = [task, str(checkpoint), f"{chosen} of {', '.join(sets)}"]
+    parts += [f"first {args.limit}"] * bool(args.limit) + [f"{k} {v}" for k, v in options.items()]
+    return ", ".join(parts), entry
 
 
 def flags_that_differ(runs):
@@ -1469,14 +1447,12 @@ def flags_that_differ(runs):
 
 def groups_by_flags(runs):
     """[{seed: number of the run}, ...]: runs that differ in the seed alone are one group."""
-    groups, flags = [], list(flags_that_differ(runs).values())
+    groups, flags, seen = {}, list(flags_that_differ(runs).values()), Counter()
     for i, run in enumerate(runs):
-        alike = (g for g in groups if all(each[i] == each[min(g.values())] for each in flags))
-        group = next((group for group in alike if run.args.seed not in group), None)
-        if group is None:  # its options are others, or two checkpoints of one run are compared
-            groups.append(group := {})
-        group[run.args.seed] = i
-    return groups
+        key = str([each[i] for each in flags])
+        groups.setdefault((key, seen[key, run.args.seed]), {})[run.args.seed] = i
+        seen[key, run.args.seed] += 1  # two checkpoints of one run are two groups
+    return list(groups.values())
 
 
 # Student's t at 97.5 %, for the mean of so many seeds; more than ten use the last, which is a little wide
@@ -1507,72 +1483,143 @@ def print_comparison(paths, runs, results, all_metrics):
         say(f"{i}: {', '.join(str(paths[run]) for run in group.values())}")
     for name, values in flags_that_differ([runs[min(group.values())] for group in groups]).items():
         say(f"  --{name.replace('_', '-')}: " + " | ".join(map(str, values)))
-    shown = {task: rows_shown(task, each, all_metrics) for task, each in results[0].items()}
-    metrics = [(task, metric) for task, names in shown.items() for metric in names]
-    metrics = [(task, m) for task, m in metrics if all(m in each.get(task, ()) for each in results)]
-    width = max((len(f"{task}  {metric}") for task, metric in metrics), default=0)
-    numbers = range(1, len(groups) + 1)
-    line = f"{'':{width}}" + "".join(f"{i:>18}" for i in numbers)
-    say(line + "".join(f"{f'{i} less 1':>28}" for i in numbers[1:]))
-    for task, metric in metrics:
-        of = [{seed: results[i][task][metric] for seed, i in group.items()} for group in groups]
-        line = f"{f'{task}  {metric}':{width}}"
-        for group in of:
-            line += f"{mean_over_seeds([measure.value for measure in group.values()]):>18}"
-        for group in of[1:]:
-            pairs = [(of[0][seed], group[seed]) for seed in group if seed in of[0]]
-            cell = mean_over_seeds([other.value - one.value for one, other in pairs], "+")
-            if len(of[0]) == len(group) == len(pairs) == 1:
-                value, low, high = difference(*pairs[0])
-                cell = f"{value:+.3f} ({low:+.3f} to {high:+.3f})"
-            line += f"{cell:>28}"
-        say(line)
+    lines = {"": [*(f"{i:>18}" for i in range(1, len(groups) + 1))]}
+    lines[""] += [f"{f'{i} less 1':>28}" for i in range(2, len(groups) + 1)]
+    for task, measures in results[0].items():
+        for metric in rows_shown(task, measures, all_metrics):
+            if not all(metric in each.get(task, ()) for each in results):
+                continue
+            of = [{seed: results[i][task][metric] for seed, i in group.items()} for group in groups]
+            cells = [f"{mean_over_seeds([measure.value for measure in group.values()]):>18}" for group in of]
+            for group in of[1:]:
+                pairs = [(of[0][seed], group[seed]) for seed in group if seed in of[0]]
+                cell = mean_over_seeds([other.value - one.value for one, other in pairs], "+")
+                if len(of[0]) == len(group) == len(pairs) == 1:
+                    value, low, high = difference(*pairs[0])
+                    cell = f"{value:+.3f} ({low:+.3f} to {high:+.3f})"
+                cells.append(f"{cell:>28}")
+            lines[f"{task}  {metric}"] = cells
+    for name, cells in lines.items():
+        say(f"{name:{max(map(len, lines))}}" + "".join(cells))
+
+
+def image_paths(names):
+    """Files, folders and patterns such as scans/*.png -> paths, of a folder all images in it and below."""
+    paths = []
+    for name in names:
+        found = [name]
+        if Path(name).is_dir():
+            endings = (".png", ".jpg", ".jpeg", ".dcm")
+            found = sorted(path for path in Path(name).rglob("*") if path.suffix.lower() in endings)
+        elif re.search(r"[*?[]", name) and not Path(name).exists():
+            found = sorted(glob.glob(name, recursive=True))
+        if not found:
+            raise BadInput(f"{name} has no image (.png, .jpg, .jpeg or .dcm)")
+        paths += map(Path, found)
+    return list(dict.fromkeys(paths))
+
+
+@torch.no_grad()
+def score_images(args, run):
+    """Prints, and writes to --out, the cosine of each of --images with the prompts of each class."""
+    paths, classes = image_paths(args.images), args.classes or run.findings
+    texts = encode_findings(run, read_prompts(args.prompt_set or run.args.template, classes)[0])
+    loader = image_loader(run, bare_records(paths), collate_fn=list)
+    rows = [["image", *(f"cosine {name}" for name in classes), "error"]]
+    for items in progress(data.readable(loader), "images", total=len(loader), unit="batch"):
+        good = [image for _, image in items if not isinstance(image, BadInput)]
+        scores = iter(())
+        if good:
+            with run.autocast():
+                features = run.model.encode_image(data.normalise(torch.stack(good).to(run.device)))
+            scores = iter(combined(finite_features([features]), texts, args.combine))
+        for i, image in items:
+            bad = isinstance(image, BadInput)
+            cells = [""] * len(classes) if bad else [f"{score:.4f}" for score in next(scores)]
+            rows.append([str(paths[i]), *cells, str(image).partition("; repair")[0] if bad else ""])
+    width = max(len(row[0]) for row in rows[:21])
+    say(f"{'cosine with the prompt of':{width}}  {'  '.join(classes)}")
+    for path, *cells, error in rows[1:21]:
+        numbers = (f"{cell:>{len(name)}}" for cell, name in zip(cells, classes, strict=True))
+        say(f"{path:{width}}  {error or '  '.join(numbers)}")
+    if len(rows) > 21:
+        say(f"({len(rows) - 21} more{'' if args.out else '; --out FILE.csv writes all'})")
+    say("A higher cosine is nearer; none is a probability.")
+    if args.out:
+        table = io.StringIO(newline="")
+        csv.writer(table).writerows(rows)
+        write_text(args.out, table.getvalue())
+    if all(row[-1] for row in rows[1:]):
+        raise BadInput("none of the images can be read")
+
+
+def evaluate_run(args, path, run, records, chosen, written):
+    """All tasks for one run; each is written, and printed, once it is done -> Encoded, {task: Measures}."""
+    data.check_images(records, run.args.image_size)
+    limit = f", first {args.limit}" if args.limit else ""
+    say(f"{path}, {chosen} of {', '.join(args.data)}{limit}, {len(records)} images")
+    if args.ids and data.ids_sha256(data.read_ids(args.ids)) not in run.args.held_out:
+        say(f"note: {path} did not hold out the patients of {args.ids}; it may have seen these images")
+    new = [name for name in args.classes or data.vocabulary(records) if name not in run.findings]
+    if new:
+        say(f"note: training of {path} had no label {', '.join(new)}")
+    encoded, results, out = encode(run, records), {}, args.out or path.parent / "results.json"
+    tasks = list(TASKS) if "all" in args.task else list(dict.fromkeys(args.task))
+    for task in tasks:
+        try:
+            measures, options = run_task(task, args, run, encoded)
+        except Lacking as error:
+            if len(tasks) == 1:
+                raise
+            say(f"{task} is left out: {error}")
+            continue
+        name, entry = result_of(task, args, run, encoded, path, chosen, measures, options)
+        write_text(out, json.dumps(read_results(out) | {name: entry}, indent=1) + "\n")
+        written += [out] if out not in written else []
+        results[task] = measures
+        if not args.compare:
+            print_table(task, entry["metrics"], args.all_metrics)
+    if not results:
+        raise BadInput(f"the {chosen} has nothing for any of the tasks")
+    return encoded, results
 
 
 def evaluate(args, written):
-    """Runs the tasks; each is written, then printed, once it is done. `written` gets the files' names."""
-    paths = args.compare or [newest_checkpoint() if args.checkpoint is None else args.checkpoint]
-    paths = [Path(path, "best.pt") if Path(path).is_dir() else Path(path) for path in paths]
+    """Does what the options ask for. `written` gets the files' names."""
+    torch.set_num_threads(args.threads)
+    paths = [run_file(path) for path in args.compare or [args.checkpoint or newest_checkpoint()]]
+    extra = {args.features: ".npz", args.gallery: ".png", args.heatmap: ".png"}
+    extra.pop(None, None)
+    if extra and (args.compare or args.images):
+        raise BadInput(f"{', '.join(extra)}: of one run and its data alone, without --compare and --images")
+    results = (
+        [args.out] if args.out else [] if args.images else [path.parent / "results.json" for path in paths]
+    )
+    for file, ending in {**extra, **dict.fromkeys(results, ".csv" if args.images else ".json")}.items():
+        check_output(file, ending)
     runs = [load_run(path) for path in paths]
+    for run in runs:
+        run.args.device = args.device
+        run.model.to(resolve_machine(run.args))
+    if args.images:
+        score_images(args, runs[0])
+        return
     args.data = args.data or runs[0].args.data  # all see the same records
     records, chosen = chosen_records(args, runs[0])
     args.classes = args.classes or classes_of(runs, data.vocabulary(records))
-    tasks, results = list(TASKS) if "all" in args.task else list(dict.fromkeys(args.task)), []
+    measures = []
     for path, run in zip(paths, runs, strict=True):
-        run.args.device = args.device
-        run.model.to(resolve_machine(run.args))
-        data.check_images(records, run.args.image_size)
-        say(f"{path}, {chosen}, {len(records)} images")
-        if args.ids and data.ids_sha256(data.read_ids(args.ids)) not in run.args.held_out:
-            say(f"note: {path} did not hold out the patients of {args.ids}; it may have seen these images")
-        new = [name for name in args.classes or data.vocabulary(records) if name not in run.findings]
-        if new:
-            say(f"note: training of {path} had no label {', '.join(new)}")
-        encoded = encode(run, records)
-        results.append({})
-        for task in tasks:
-            try:
-                results[-1][task], name, entry = run_task(task, args, run, encoded, path, chosen)
-            except Lacking as error:
-                if len(tasks) == 1:
-                    raise
-                say(f"{task} is left out: {error}")
-                continue
-            out = args.out or path.parent / "results.json"
-            write_results(out, {name: entry})
-            written += [out] if out not in written else []
-            if len(runs) == 1:
-                print_table(task, entry["metrics"], args.all_metrics)
-        if not results[-1]:
-            raise BadInput(f"the {chosen} has nothing for any of the tasks")
+        encoded, found = evaluate_run(args, path, run, records, chosen, written)
+        measures.append(found)
+    if args.features:
+        write_features(encoded, args.features)
     if args.gallery:
         gallery(run, encoded, args.gallery)
     if args.heatmap:
         heatmap(run, encoded, args.heatmap, args.prompt_set, args.classes)
-    written += [picture for picture in (args.gallery, args.heatmap) if picture]
-    if len(runs) > 1:
-        print_comparison(paths, runs, results, args.all_metrics)
-    say(f"\nwritten: {', '.join(map(str, written))}")
+    if args.compare:
+        print_comparison(paths, runs, measures, args.all_metrics)
+    say(f"\nwritten: {', '.join(map(str, [*written, *extra]))}")
 
 
 def main(argv=None):
@@ -1586,8 +1633,8 @@ def main(argv=None):
     except (BadInput, OSError) as error:  # OSError: a folder that cannot be read or written
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:  # torch raises it in the middle of whatever runs
-        if "DataLoader" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
+    except (RuntimeError, MemoryError) as error:  # torch has no class of its own for either
+        if not isinstance(error, MemoryError) and not re.search("DataLoader|memory", str(error)):
             raise
         print(f"evaluate.py: it failed, maybe for want of memory: {error}", file=sys.stderr)
         return 2
