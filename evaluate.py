@@ -457,8 +457,6 @@ def resolve_machine(args):
 
 # ------------------------------------------------------------------------------------------------ features
 
-READING_TIMEOUT = 600  # seconds to wait for a batch: a network folder may stall without an error
-
 
 class Encoded(NamedTuple):
     """Features of N records, R of them with a report, and what is known of C findings."""
@@ -493,7 +491,7 @@ def image_loader(run, records, findings=(), transform=None, **options):
         run.args.batch_size,
         num_workers=run.args.workers,
         worker_init_fn=data.ignore_signals,
-        timeout=READING_TIMEOUT if run.args.workers else 0,
+        timeout=data.PATIENCE if run.args.workers else 0,
         **{"collate_fn": collate, **options},
     )
 
@@ -1371,8 +1369,7 @@ def build_parser():
 def load_split(args, run, specs, split):
     """The records of a split of these data sets, read as the run read its own."""
     options = {"views": run.args.views, "uncertain": run.args.uncertain}
-    splits = data.SPLITS if split == "all" else [split]
-    return [record for each in splits for record in data.load_records(specs, each, args.limit, **options)]
+    return data.load_records(specs, split, args.limit, **options)
 
 
 def chosen_records(args, run):
@@ -1509,8 +1506,7 @@ def image_paths(names):
     for name in names:
         found = [name]
         if Path(name).is_dir():
-            endings = (".png", ".jpg", ".jpeg", ".dcm")
-            found = sorted(path for path in Path(name).rglob("*") if path.suffix.lower() in endings)
+            found = sorted(data.image_files(name))
         elif re.search(r"[*?[]", name) and not Path(name).exists():
             found = sorted(glob.glob(name, recursive=True))
         if not found:

@@ -812,7 +812,7 @@ def test_runs_stand_side_by_side_with_the_flags_that_differ(tiny_run, tmp_path, 
     flags = ["--task", "zero-shot", "--limit", "20", "--out", str(tmp_path / "results.json")]
     assert evaluate.main(["--compare", str(tiny_run), str(tmp_path / "other"), *flags]) == 0
     table = capsys.readouterr().out
-    assert "--label-mask: True | False" in table and "--seed" not in table
+    assert "--label-mask: both | none" in table and "--seed" not in table
     assert "2 less 1" in table and "zero-shot  AUROC mean" in table and "AUROC Edema" not in table
     assert "95 %" not in table  # no run's own table
     assert len(json.loads((tmp_path / "results.json").read_text())) == 2

@@ -395,7 +395,7 @@ def test_training_takes_a_pack(pretrain, chest_pack):
 def test_training_holds_out_the_patients_of_a_list_from_a_pack(pretrain, chest_pack, tmp_path, capsys):
     data.write_ids(tmp_path / "ids.txt", ["0.png"])
     assert pretrain("--data", f"csv={chest_pack}", "--hold-out", tmp_path / "ids.txt") == 0
-    assert "train: 1 of " in capsys.readouterr().out
+    assert " 1 are held out by patient" in capsys.readouterr().out
 
 
 def test_training_refuses_a_pack_that_is_too_small(pretrain, whole, capsys):

@@ -403,8 +403,8 @@ def test_a_run_leaves_out_the_patients_of_several_lists_and_says_how_many_images
     data.write_ids(tmp_path / "more.txt", ["3.png"])
     assert pretrain("--data", films, "--hold-out", listing("0.png", "24.png"), tmp_path / "more.txt") == 0
     printed = capsys.readouterr().out
-    assert "train: 2 of 12 images are of held-out patients" in printed
-    assert "valid: 2 of 4 images are of held-out patients" in printed
+    assert "train: of 12 images 2 are held out by patient" in printed
+    assert "valid: of 4 images 2 are held out by patient" in printed
 
 
 def test_a_run_may_hold_out_all_that_would_choose_the_epoch(films, listing, pretrain):
