@@ -1,5 +1,6 @@
 """Metrics against hand-made matrices and slow twins, intervals, checkpoints, and evaluate.py as a program."""
 
+import csv
 import io
 import json
 import math
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import evaluate
@@ -648,7 +650,7 @@ def test_a_task_run_again_replaces_its_entry_and_no_other(assess, tmp_path):
 
 
 def test_results_are_beside_the_checkpoint(tiny_run, tmp_path):
-    shutil.copytree(tiny_run, tmp_path / "run")
+    shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("results.json"))
     assert evaluate.main(["--checkpoint", str(tmp_path / "run"), "--task", "retrieval", "--limit", "5"]) == 0
     assert metrics_of(tmp_path / "run" / "results.json").keys() == {"retrieval"}
 
@@ -806,7 +808,7 @@ def test_two_checkpoints_of_one_run_are_two_groups(tiny_run):
 def test_runs_stand_side_by_side_with_the_flags_that_differ(tiny_run, tmp_path, monkeypatch, capsys):
     shutil.copytree(tiny_run, tmp_path / "other")
     saved = torch.load(tmp_path / "other" / "best.pt", weights_only=True)
-    saved["args"]["label_mask"] = False
+    saved["args"]["label_mask"] = "none"
     saved["model"]["image_projection.weight"].neg_()
     torch.save(saved, tmp_path / "other" / "best.pt")
     flags = ["--task", "zero-shot", "--limit", "20", "--out", str(tmp_path / "results.json")]
@@ -816,3 +818,94 @@ def test_runs_stand_side_by_side_with_the_flags_that_differ(tiny_run, tmp_path, 
     assert "2 less 1" in table and "zero-shot  AUROC mean" in table and "AUROC Edema" not in table
     assert "95 %" not in table  # no run's own table
     assert len(json.loads((tmp_path / "results.json").read_text())) == 2
+
+
+# ---------------------------------------------------------------------------------------- images of one's own
+
+
+@pytest.fixture
+def scans(tmp_path):
+    """A folder with three phantoms, one of them below another folder, and a file that is no image."""
+    for i, record in enumerate(data.phantom("16", "valid")[:3]):
+        path = tmp_path / "scans" / ("more" if i == 2 else "") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(record.image).save(path)
+    (tmp_path / "scans" / "broken.png").write_bytes(b"no image")
+    return tmp_path / "scans"
+
+
+def scored(file):
+    with open(file, newline="") as table:
+        return list(csv.reader(table))
+
+
+def test_images_without_a_table_get_the_cosine_with_each_class(tiny_run, scans, tmp_path, capsys):
+    out = tmp_path / "scores.csv"
+    flags = ["--images", str(scans), "--classes", "Edema", "No Finding", "--out", str(out)]
+    assert evaluate.main(["--checkpoint", str(tiny_run), *flags]) == 0
+    header, *rows = scored(out)
+    assert header == ["image", "cosine Edema", "cosine No Finding", "error"]
+    run = evaluate.load_run(tiny_run)
+    paths = [scans / "0.png", scans / "1.png", scans / "more" / "2.png"]
+    wanted = evaluate.encode_images(run, paths) @ evaluate.encode_prompts(run, ["Edema", "No Finding"]).T
+    for path, cosines in zip(paths, wanted, strict=True):
+        (row,) = [row for row in rows if row[0] == str(path)]
+        assert [float(cell) for cell in row[1:3]] == pytest.approx(cosines, abs=1e-4) and row[3] == ""
+    (bad,) = [row for row in rows if row[3]]
+    assert "broken.png" in bad[0] and bad[1:3] == ["", ""]
+    assert "none is a probability" in capsys.readouterr().out
+
+
+def test_patterns_name_images_and_each_counts_once(tiny_run, scans, tmp_path):
+    out = tmp_path / "scores.csv"
+    images = ["--images", str(scans / "[01].png"), str(scans / "0.png")]
+    assert evaluate.main(["--checkpoint", str(tiny_run), *images, "--out", str(out)]) == 0
+    assert [Path(row[0]).name for row in scored(out)[1:]] == ["0.png", "1.png"]
+
+
+@pytest.mark.parametrize("name", ["nowhere/*.png", "empty"])
+def test_no_image_is_one_sentence(tiny_run, tmp_path, capsys, name):
+    (tmp_path / "empty").mkdir()
+    assert evaluate.main(["--checkpoint", str(tiny_run), "--images", str(tmp_path / name)]) == 2
+    assert "has no image" in capsys.readouterr().err
+
+
+def test_paths_pictures_and_arrays_of_an_image_have_the_same_features(run, scans):
+    path = scans / "0.png"
+    features = evaluate.encode_images(run, [path, Image.open(path), np.asarray(Image.open(path))])
+    assert np.array_equal(features[0], features[1]) and np.array_equal(features[0], features[2])
+    with pytest.raises(data.BadInput, match="uint8"):
+        evaluate.encode_images(run, [np.zeros((3, 8, 8))])
+
+
+def test_features_are_written_with_the_ids_of_their_images(tiny_run, tmp_path):
+    flags = ["--limit", "6", "--out", str(tmp_path / "results.json"), "--features", str(tmp_path / "f.npz")]
+    assert evaluate.main(["--checkpoint", str(tiny_run), *flags]) == 0
+    found, encoded = np.load(tmp_path / "f.npz"), None
+    run = evaluate.load_run(tiny_run)
+    encoded = evaluate.encode(run, data.load_records(["phantom=16"], "test", 6))
+    assert np.allclose(found["image_features"], encoded.image_features, atol=1e-6)
+    assert found["image_ids"].tolist() == [f"test-{i}" for i in range(6)] == found["report_ids"].tolist()
+
+
+@pytest.mark.parametrize("flag", ["--gallery", "--heatmap"])
+def test_a_file_that_is_none_of_ours_is_not_replaced(tiny_run, scans, capsys, flag):
+    before = (scans / "0.png").read_bytes()
+    assert evaluate.main(["--checkpoint", str(tiny_run), "--limit", "5", flag, str(scans / "0.png")]) == 2
+    assert "0.png" in capsys.readouterr().err and (scans / "0.png").read_bytes() == before
+
+
+def test_all_splits_can_be_evaluated_together(tiny_run, tmp_path, capsys):
+    flags = ["--split", "all", "--limit", "4", "--task", "zero-shot", "--out", str(tmp_path / "r.json")]
+    assert evaluate.main(["--checkpoint", str(tiny_run), *flags]) == 0
+    (entry,) = json.loads((tmp_path / "r.json").read_text()).values()
+    assert entry["counts"]["images"] == 4
+
+
+def test_average_precision_equals_the_slow_sum():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        scores, labels = rng.integers(0, 6, 20) / 5, rng.random(20) < 0.4
+        labels[0] = True
+        slow = [labels[scores >= each].mean() for each in scores[labels]]
+        assert evaluate.average_precision(scores, labels) == pytest.approx(np.mean(slow))
