@@ -1341,9 +1341,12 @@ def nih_chestxray14(root, split):
 
 
 def covid_chestxray(root, split):
-    """ieee8023/covid-chestxray-dataset: frontal X-rays, clinical notes as reports; splits by patient."""
+    """ieee8023/covid-chestxray-dataset: frontal X-rays, clinical notes as reports; splits by patient.
+
+    Its table lists some files twice, under two numbers of a patient: the first row counts, for both numbers.
+    """
     needed = ("patientid", "finding", "view", "modality", "folder", "filename", "clinical_notes")
-    records = []
+    records, owner, alias = [], {}, {}
     for _, row in read_table(Path(root, "metadata.csv"), needed):
         # "Pneumonia/Viral/COVID-19" in later releases, "COVID-19, ARDS" in earlier: the most exact names.
         names = {name.strip().rsplit("/", 1)[-1] for name in row["finding"].split(",")}
@@ -1351,8 +1354,13 @@ def covid_chestxray(root, split):
         if row["modality"] != "X-ray" or not row["view"].startswith(("PA", "AP")) or not names:
             continue
         id, notes = f"{row['folder']}/{row['filename']}", as_written(row["clinical_notes"])
-        known = {"patient": row["patientid"], "source": "covid-chestxray", "id": id, "view": row["view"][:2]}
+        patient = alias.get(row["patientid"], row["patientid"])
+        if owner.setdefault(id, patient) != patient:
+            alias[row["patientid"]] = owner[id]
+            continue
+        known = {"patient": patient, "source": "covid-chestxray", "id": id, "view": row["view"][:2]}
         records.append(Record(Path(root, id), notes, frozenset(names), **known))
+    records = [replace(r, patient=alias.get(r.patient, r.patient)) for r in records]
     return pick_split(split_by_patient(records), split)
 
 
@@ -1724,7 +1732,12 @@ def picture_hashes(images):
     hashes = []
     for image in images:
         try:
-            cells = read_image(image, 64).resize((17, 16), Image.Resampling.BOX)
+            small = read_image(image, 64).resize((64, 64), Image.Resampling.BILINEAR)
+            dark = small.getextrema()[0] + 16
+            inside = small.point(
+                [255 * (grey > dark) for grey in range(256)]
+            ).getbbox()  # without a pack's margins
+            cells = small.crop(inside).resize((17, 16), Image.Resampling.LANCZOS)
             bits = np.where(np.diff(np.asarray(cells, np.int16)) > 0, 1, -1).astype(np.float32).ravel()
         except BadInput:
             bits = np.zeros(256, np.float32)
