@@ -1,5 +1,8 @@
-"""Reading images, by hand: `python tests/bench_data.py`.
+"""Two measurements by hand: `python tests/bench_data.py` and `python tests/bench_data.py train.csv`.
 
+With CheXpert's table: what the label mask leaves to an image among label prompts, in random batches.
+
+Without: reading images.
 Full-size radiographs (2544 x 3056, grey JPEG, quality 95, as MIMIC-CXR-JPG has them) against the same images
 in a pack (PNG): what one loading process needs from the record to the tensor that the model is given. Both
 take turns; the medians and the range of the ratio are over the rounds.
@@ -25,6 +28,21 @@ def milliseconds(images):
     for i in range(len(images)):
         images[i]
     return (time.perf_counter() - start) * 1000 / len(images)
+
+
+def negatives(table):
+    """Prints a line for each choice of findings and batch size; `--uncertain ignore`, frontal images."""
+    rows = [data.settle(r, "ignore") for r in data.chexpert_table(table) if r.view in data.FRONTAL]
+    for names in (("Edema", "Pleural Effusion"), data.COMPETITION, data.CHEXPERT):
+        records = [r for r in data.restricted(rows, frozenset(names)) if r.findings or r.absent]
+        labelled = sum(bool(r.findings) for r in records) / len(records)
+        for batch in (16, 256):
+            _, removed, starved = data.expected_pairs(records, batch)
+            left = 1 - removed / (batch * (batch - 1) * labelled**2)
+            print(
+                f"{len(names)} findings, batch {batch}: {batch * labelled:.0f} images with a prompt, "
+                f"{left:.0%} negatives left, {starved:.2%} of them without any"
+            )
 
 
 def main():
@@ -58,4 +76,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    negatives(*sys.argv[1:]) if sys.argv[1:] else main()

@@ -735,6 +735,14 @@ def test_covid_findings_are_read_from_new_and_from_old_releases(tmp_path, writte
     assert covid(tmp_path, f"5,{written},AP,X-ray,images,a.jpg,")["images/a.jpg"].findings == read
 
 
+def test_patients_who_share_a_covid_file_are_one(tmp_path):
+    rows = [
+        f"{patient},COVID-19,PA,X-ray,images,{name}.jpg," for patient, name in ((5, "a"), (6, "b"), (6, "a"))
+    ]
+    found = covid(tmp_path, *rows)
+    assert {record.patient for record in found.values()} == {"5"} and len(found) == 2
+
+
 @pytest.mark.parametrize(
     "row", ["COVID-19,PA,CT", "COVID-19,L,X-ray", "todo,PA,X-ray", "Unknown,PA,X-ray", ",PA,X-ray"]
 )
