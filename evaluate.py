@@ -1361,7 +1361,8 @@ def build_parser():
     p.add_argument("--heatmap", metavar="FILE.png", help="draw where images are like their label's prompt")
     p.add_argument("--features", metavar="FILE.npz", help="write features of images and reports, with ids")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    p.add_argument("--threads", type=number_type(int, 1, 1024), default=os.cpu_count(), help="on the CPU")
+    p.add_argument("--threads", type=number_type(int, 1, 1024), default=torch.get_num_threads(),
+                   help="on the CPU")
     return p
 # fmt: on
 

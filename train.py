@@ -171,7 +171,7 @@ def build_parser():
     e.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     e.add_argument("--precision", choices=("auto", "fp32", "bf16"),
                    help="auto: bf16 autocast where the processor has units for it")
-    e.add_argument("--threads", type=number_type(int, 1, 1024), default=os.cpu_count(),
+    e.add_argument("--threads", type=number_type(int, 1, 1024), default=torch.get_num_threads(),
                    help="of each process on the CPU")
     e.add_argument("--micro-batch-size", type=positive, metavar="N",
                    help="for a small device: encode N images or texts at a time, each twice; the loss still "
@@ -970,7 +970,7 @@ def train(args):
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     device = resolve_machine(args)
-    patient = join_processes(device)
+    slow_group = join_processes(device)
     check_options(args)
     print_options(args)
     records, valid = load_splits(args)
@@ -999,8 +999,8 @@ def train(args):
             result = training_step(run, data.to_device(batch, device), model, optimizer, lr, seed)
             if recorder:
                 recorder.record(step, lr, *result)
-            if patient and step % per_epoch == 0:  # the others wait while the first validates
-                dist.barrier(patient)
+            if slow_group and step % per_epoch == 0:  # the others wait while the first validates
+                dist.barrier(slow_group)
         if recorder:
             recorder.save()
 
