@@ -1094,14 +1094,15 @@ MAIN_ROWS = {
 
 
 def quick_scores(run, records):
-    """What train watches after each epoch: the metrics without intervals -> {name: float}."""
+    """What train watches after each epoch -> {name: float}; of one finding alone, its AUROC."""
     if not records:  # all of their patients may be held out
         return {}
     encoded, measures = encode(run, records), {}
     for task in (zero_shot, retrieval):
         with contextlib.suppress(Lacking):
             measures |= task(run, encoded)
-    return {name: measures[name].value for name in ("balanced accuracy", "i2t_P@1") if name in measures}
+    watched = [name for name in ("balanced accuracy", "i2t_P@1") if name in measures] or ["AUROC mean"]
+    return {name: measures[name].value for name in watched if name in measures}
 
 
 # ------------------------------------------------------------------------------------------------ pictures
