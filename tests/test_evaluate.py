@@ -346,7 +346,7 @@ FAULTS = {
     "no weights": lambda state: {name: part for name, part in state.items() if name != "model"},
     "a weight is missing": swap("", "model", {}),
     "a weight is left over": swap("model", "more", torch.zeros(1)),
-    "another shape": swap("model", "log_scale", torch.zeros(2)),
+    "another shape": swap("model", "image_projection.weight", torch.zeros(2)),
     "NaN": swap("model", "log_scale", torch.tensor(NAN)),
     "infinite": swap("model", "log_scale", torch.tensor(math.inf)),
     "no options": swap("", "args", None),
