@@ -1214,8 +1214,8 @@ def heatmap(run, encoded, path, prompt_set=None, classes=None, each=2, side=144)
         cosines = np.asarray(Image.fromarray(cells).resize((side, side), Image.Resampling.BILINEAR))
         tiles.append(tile(side, classes[of_row[i]], grey))
         tiles.append(tile(side, f"cosine {cosine:+.2f}", tinted(np.asarray(grey), cosines)))
-    scale = np.tile(np.linspace(-1, 1, side), (side, 1))
-    tiles.append(tile(side, "scale: -1 to +1", tinted(np.full((side, side), 128), scale)))
+    bar = np.tile(np.linspace(-1, 1, side), (16, 1))
+    tiles.append(tile(side, "scale: -1 to 1", tinted(np.full(bar.shape, 128), bar)))
     save_picture(tiles, 4, path)
 
 
@@ -1299,7 +1299,7 @@ def print_table(task, entries, all_metrics=True):
     for name, entry in entries.items():
         for i, counts in enumerate(entry.get("confusion", ()) if all_metrics else ()):
             say(f"{f'images of class {i + 1} predicted as each':{width}}" + "".join(f"{n:6}" for n in counts))
-        if task == "zero-shot" and "AUROC" in name and entry["high"] < 0.5:
+        if task == "zero-shot" and name.startswith("AUROC") and entry["high"] < 0.5:
             say(f"warning: {name} is below 0.5: do its prompts and labels mean the same?")
 
 
