@@ -46,7 +46,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads sleep: 10 times as fast beside others
+# Waiting threads spin for a moment, then sleep: to spin on costs 10 times on a busy machine (REPRODUCE.md).
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import v2

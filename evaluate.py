@@ -35,9 +35,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # before torch: threads that wait leave the cores to others
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # before torch is imported; see data.py
 
 import numpy as np
 import torch

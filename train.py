@@ -31,7 +31,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported; see data.py
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # before torch is imported; see data.py
 
 import numpy as np
 import torch
