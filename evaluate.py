@@ -4,7 +4,7 @@
     python evaluate.py --task retrieval --gallery out.png   and a picture of what was retrieved
     python evaluate.py --task linear-probe prompt-sensitivity prompt-words false-negatives
     python evaluate.py --heatmap out.png                    where an image is like the prompt of its finding
-    python evaluate.py --compare runs/umcl runs/umcl-no-label-mask
+    python evaluate.py --compare runs/umcl runs/umcl-label-mask-none
     python evaluate.py --task zero-shot --data nih-chestxray14=FOLDER covid-chestxray=FOLDER \\
         --classes COVID-19 "No Finding"                     these two against each other
     python evaluate.py --images FILE FOLDER --out scores.csv

@@ -988,6 +988,8 @@ def train(args):
     warmup = math.ceil(args.warmup * steps)
     loader = training_loader(run, records, done)
     recorder = Recorder(run, optimizer, progress, valid, steps, per_epoch) if rank() == 0 else None
+    if slow_group:  # a resumed run may have an epoch to validate
+        dist.barrier(slow_group)
 
     with signals_noted() as noted, contextlib.closing(recorder) if recorder else contextlib.nullcontext():
         for step, batch in enumerate(data.readable(loader), done + 1):
