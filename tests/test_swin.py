@@ -75,10 +75,10 @@ def test_swin_tiny_has_as_many_parameters_as_the_original():
     assert sum(weight.numel() for weight in swin_tiny(in_chans=3).parameters()) == 27_519_354
 
 
-def test_linear_layers_start_as_swins_do():
+def test_linear_layers_start_by_the_number_of_their_inputs():
     torch.manual_seed(0)
     layer = SwinTransformer(**SMALL | dict(embed_dim=64)).stages[0][0].mlp[0]
-    assert layer.weight.std().item() == pytest.approx(0.02, rel=0.03)  # 5 standard errors of 16,384 draws
+    assert layer.weight.std().item() == pytest.approx(1 / 8, rel=0.03)  # 5 standard errors of 16,384 draws
     assert not layer.bias.any()
 
 
