@@ -109,7 +109,9 @@ def build_parser():
     p.add_argument("--findings", nargs="+", metavar="NAME",
                    help="labels to learn from, such as five of CheXpert's 14; the mask sees no others either")
     p.add_argument("--hold-out", nargs="+", default=[], metavar="FILE",
-                   help="lists of `data.py protocol`; the patients of their images are kept out")
+                   help="lists of `data.py protocol`; their images' patients and near copies are kept out")
+    p.add_argument("--hold-out-data", nargs="+", default=[], metavar="NAME=ROOT",
+                   help="further data sets in which listed images are; nothing else is read of them")
     p.add_argument("--preset", choices=PRESETS, help="without it small for phantoms, paper for other data")
     p.add_argument("--out", help="folder of the run; default runs/umcl and the flags that differ")
     p.add_argument("--resume", metavar="RUN",
@@ -605,9 +607,11 @@ def load_splits(args):
     read = {split: data.read_records(args.data, split, args.limit) for split in names}
     listed = []
     if args.hold_out:
-        known = [record for found in read.values() for each in found.values() for record in each]
+        found = [*read.values(), data.read_records(args.hold_out_data, "all")]
+        known = [record for each in found for records in each.values() for record in records]
         ids = [id for file in args.hold_out for id in data.read_ids(file)]
-        listed = data.pick_listed([*known, *data.left_out(args.data)], ids, " and ".join(args.data))
+        specs = [*args.data, *args.hold_out_data]
+        listed = data.pick_listed([*known, *data.left_out(specs)], ids, " and ".join(specs))
     splits = []
     for split in data.SPLITS[:2]:
         records = data.usable(read[split], split, args.limit, views=args.views, uncertain=args.uncertain)

@@ -407,6 +407,16 @@ def test_a_run_leaves_out_the_patients_of_several_lists_and_says_how_many_images
     assert "valid: of 4 images 2 are held out by patient" in printed
 
 
+def test_a_list_of_another_data_set_keeps_its_copies_out(films, listing, pretrain, tmp_path, capsys):
+    chest = data.Image.fromarray(data.draw_phantom(np.random.default_rng(0), (), 160)[0])
+    chest.save(tmp_path / "0.png")
+    chest.resize((100, 100)).save(tmp_path / "copy.png")
+    (tmp_path / "others.csv").write_text("image\ncopy.png\n")
+    flags = ["--hold-out", listing("copy.png"), "--hold-out-data", f"csv={tmp_path / 'others.csv'}"]
+    assert pretrain("--data", films, *flags) == 0
+    assert "train: of 12 images 0 are held out by patient and 1 more by picture" in capsys.readouterr().out
+
+
 def test_a_run_may_hold_out_all_that_would_choose_the_epoch(films, listing, pretrain):
     assert pretrain("--data", films, "--hold-out", listing("3.png", "8.png")) == 0
 
