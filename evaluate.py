@@ -16,13 +16,12 @@ Results go to RUN/results.json, one entry for each task, data set and prompt set
 
 import argparse
 import contextlib
-import copy
 import csv
+import functools
 import glob
 import hashlib
 import inspect
 import io
-import itertools
 import json
 import os
 import re
@@ -481,16 +480,15 @@ def numbered(names):
     return np.array([number.setdefault(name, len(number)) for name in names], dtype=np.int64)
 
 
-def image_loader(run, records, findings=(), transform=None, **options):
-    """Batches of records without label prompts; by default the images are as evaluation sees them."""
-    collate = data.Collate(records, findings, None, run.tokenizer, run.args.max_length)
+def image_loader(run, records, findings=(), collate_fn=None):
+    """Batches of records without label prompts."""
     return torch.utils.data.DataLoader(
-        data.Images(records, transform or data.evaluation_transform(run.args.image_size)),
+        data.Images(records, data.evaluation_transform(run.args.image_size)),
         run.args.batch_size,
         num_workers=run.args.workers,
         worker_init_fn=data.ignore_signals,
         timeout=data.PATIENCE if run.args.workers else 0,
-        **{"collate_fn": collate, **options},
+        collate_fn=collate_fn or data.Collate(records, findings, None, run.tokenizer, run.args.max_length),
     )
 
 
@@ -800,46 +798,29 @@ def retrieval(run, encoded, *, sentences=None, training=None):
 
 
 def drawn_by_patient(records, percent, seed):
-    """All records of a share of the patients, at least one, drawn by the seed -> list."""
-    patients = sorted({(record.source, record.patient) for record in records})
+    """Rows of all records of a share of the patients, at least one patient, drawn by the seed."""
+    patient_of = [(record.source, record.patient) for record in records]
+    patients = sorted(set(patient_of))
     order = np.random.default_rng(seed).permutation(len(patients))
     chosen = {patients[i] for i in order[: max(1, round(len(patients) * percent / 100))]}
-    return [record for record in records if (record.source, record.patient) in chosen]
+    return [row for row, patient in enumerate(patient_of) if patient in chosen]
 
 
-def other_splits(encoded, load):
-    """Training, then validation records with a known finding, present or absent, of patients not evaluated.
-
-    They come without reports, since only the image tower is looked at.
-    """
-    for split in ("train", "valid"):
-        known = [record for record in load(split) if record.findings or record.absent]
-        kept = [replace(record, report=None) for record in data.hold_out(known, encoded.records)]
-        if not kept:
-            raise Lacking(f"no labelled record of the {split} split is left beside the evaluated patients")
-        yield kept
+def of_other_patients(records, evaluated, split):
+    """Records with a known finding of patients not evaluated; without reports, which nobody looks at."""
+    known = [record for record in records if record.findings or record.absent]
+    kept = [replace(record, report=None) for record in data.hold_out(known, evaluated)]
+    if not kept:
+        raise Lacking(f"no labelled record of the {split} split is left beside the evaluated patients")
+    return kept
 
 
-def validation_labels(records, findings):
-    """Present and known, (N, C) bool each, of records that can tell the better of two classifiers."""
-    present, absent = (each.numpy() for each in data.label_matrices(records, findings))
-    if not (present.any(0) & absent.any(0)).any():
-        raise Lacking("no evaluated finding is both present and absent in the valid split, to choose by")
-    return present, present | absent
-
-
-def transfer(encoded, train, fractions, repeats, train_and_score, what):
+def transfer(encoded, scores):
     """Measures of classifiers that are trained on shares of the training patients, each on several draws.
 
-    Args:
-        train: records. fractions: percent of their patients. repeats: draws of each fraction but 100.
-        train_and_score: records, number of the draw -> (N, C) scores of the evaluated records.
+    scores: {percent of the patients: [(N, C) scores of the evaluated records by each classifier]}
     """
-    scores, measures, present = {}, {}, encoded.present
-    draws = [(percent, n) for percent in fractions for n in range(1 if percent == 100 else repeats)]
-    for percent, n in progress(draws, what, unit="classifier"):
-        found = train_and_score(drawn_by_patient(train, percent, n), n)
-        scores.setdefault(percent, []).append(found)
+    measures, present = {}, encoded.present
     for percent, each in scores.items():
         each = np.stack(each, axis=2)  # (N, C, draws)
         told = {"patients": encoded.patients, "trained": each.shape[2]}
@@ -852,12 +833,6 @@ def transfer(encoded, train, fractions, repeats, train_and_score, what):
     return measures
 
 
-def cross_entropy(scores, present, known):
-    """Mean over the cells in which a finding is known: (N, C) float, two (N, C) bool -> () float."""
-    loss = torch.nn.functional.binary_cross_entropy_with_logits
-    return loss(scores.float(), present.float(), known.float(), reduction="sum") / known.sum().clamp(min=1)
-
-
 def logistic_regression(features, present, absent, penalty, steps=100):
     """One regression for each finding over the rows where it is known, by L-BFGS.
 
@@ -867,10 +842,12 @@ def logistic_regression(features, present, absent, penalty, steps=100):
     features = torch.cat([features, torch.ones(len(features), 1)], dim=1)
     weight = torch.zeros(features.shape[1], present.shape[1], requires_grad=True)
     optimizer = torch.optim.LBFGS([weight], max_iter=steps, line_search_fn="strong_wolfe")
+    known = (present | absent).float()
+    entropy = partial(torch.nn.functional.binary_cross_entropy_with_logits, weight=known, reduction="sum")
 
     def loss():
         optimizer.zero_grad()
-        value = cross_entropy(features @ weight, present, present | absent)
+        value = entropy(features @ weight, present.float()) / known.sum().clamp(min=1)
         value = value + penalty / 2 * weight[:-1].square().sum()
         value.backward()
         return value
@@ -882,7 +859,23 @@ def logistic_regression(features, present, absent, penalty, steps=100):
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
-def linear_probe(run, encoded, *, load, fractions=(1, 10, 100), repeats=5):
+def probe_scores(train, labels, valid, valid_labels, test):
+    """(N, C) scores of the test rows by the regression whose penalty is best on the validation rows.
+
+    train, valid, test: (rows, F) float32. labels: present and absent, (rows, C) bool tensors each.
+    """
+    mean, std = train.mean(0), train.std(0) + 1e-6
+    train, valid, test = (torch.from_numpy((part - mean) / std) for part in (train, valid, test))
+    present, absent = (each.numpy() for each in valid_labels)
+
+    def fit(weight):
+        return mean_auroc((valid @ weight[:-1]).numpy(), present, present | absent)
+
+    weight = max((logistic_regression(train, *labels, penalty) for penalty in PENALTIES), key=fit)
+    return (test @ weight[:-1] + weight[-1]).numpy()
+
+
+def linear_probe(run, encoded, *, others, fractions=(1, 10, 100), repeats=5):
     """A linear classifier on the frozen image tower, trained on shares of the training patients.
 
     Features before the projection, standardised by the training records; one logistic regression for each
@@ -890,91 +883,22 @@ def linear_probe(run, encoded, *, load, fractions=(1, 10, 100), repeats=5):
     validation split.
 
     Args:
-        load: split -> records. fractions, repeats: see transfer.
+        others: split -> Encoded of its labelled images of patients that are not evaluated.
+        fractions: percent of the training patients. repeats: draws of each fraction but 100.
     """
-    train, valid = (encode(run, records) for records in other_splits(encoded, load))
-    row_of = {id(record): row for row, record in enumerate(train.records)}
-    labels = data.label_matrices(train.records, encoded.findings)
-    present, known = validation_labels(valid.records, encoded.findings)
-
-    def train_and_score(records, _):
-        rows = [row_of[id(record)] for record in records]
-        mean, std = train.pooled[rows].mean(0), train.pooled[rows].std(0) + 1e-6
-        of_train, of_valid, of_test = (
-            torch.from_numpy((part - mean) / std)
-            for part in (train.pooled[rows], valid.pooled, encoded.pooled)
+    train, valid = others("train"), others("valid")
+    labels, valid_labels = (data.label_matrices(each.records, encoded.findings) for each in (train, valid))
+    if not torch.logical_and(*(each.any(0) for each in valid_labels)).any():
+        raise Lacking("no evaluated finding is both present and absent in the valid split, to choose by")
+    scores = {percent: [] for percent in fractions}
+    draws = [(percent, n) for percent in fractions for n in range(1 if percent == 100 else repeats)]
+    for percent, n in progress(draws, "linear probe", unit="classifier"):
+        rows = drawn_by_patient(train.records, percent, n)
+        of_rows = [each[rows] for each in labels]
+        scores[percent].append(
+            probe_scores(train.pooled[rows], of_rows, valid.pooled, valid_labels, encoded.pooled)
         )
-        best = -1.0
-        for penalty in PENALTIES:
-            weight = logistic_regression(of_train, *(each[rows] for each in labels), penalty)
-            fits = mean_auroc((of_valid @ weight[:-1]).numpy(), present, known)
-            if fits > best:
-                best, scores = fits, (of_test @ weight[:-1] + weight[-1]).numpy()
-        return scores
-
-    return transfer(encoded, train.records, fractions, repeats, train_and_score, "linear probe")
-
-
-# Of fine-tuning, all ours: learning rate, least steps of a round, most rounds, rounds without a better one.
-FINE_TUNE_LR, ROUND_STEPS, ROUNDS, ROUNDS_TO_WAIT = 1e-4, 20, 40, 5
-
-
-@torch.no_grad()
-def tower_scores(run, tower, records):
-    """(N, C) float32, in evaluation mode."""
-    tower.eval()
-    with run.autocast():
-        # its own generator: looking at the records must not change the random numbers of training
-        batches = data.readable(image_loader(run, records, generator=torch.Generator()))
-        scores = [tower(data.normalise(batch.images.to(run.device))).float().cpu() for batch in batches]
-    return torch.cat(scores).numpy()
-
-
-def fine_tuned(run, records, valid, findings, seed):
-    """A copy of the image tower with a linear head, trained on records: images -> (B, C) scores.
-
-    A round is a pass over the records, or ROUND_STEPS steps where that is more. After each, the mean AUROC on
-    the validation records is computed; the best round's weights are kept. Training ends after ROUNDS_TO_WAIT
-    rounds without a better one, or after ROUNDS.
-    """
-    torch.manual_seed(seed)
-    head = torch.nn.Linear(run.model.image_encoder.num_features, len(findings))
-    tower = torch.nn.Sequential(copy.deepcopy(run.model.image_encoder), head.to(run.device))
-    optimizer = torch.optim.AdamW(tower.parameters(), lr=FINE_TUNE_LR, weight_decay=run.args.weight_decay)
-    transform = data.training_transform(run.args.image_size, run.args.horizontal_flip)
-    options = {"shuffle": True, "persistent_workers": run.args.workers > 0}
-    loader = image_loader(run, records, findings, transform, **options)
-    batches = itertools.chain.from_iterable(data.readable(each) for each in itertools.repeat(loader))
-    present, known = validation_labels(valid, findings)
-    best, since = -1.0, 0
-    for _ in progress(range(ROUNDS), "fine-tuning", unit="round"):
-        tower.train()
-        for batch in itertools.islice(batches, max(ROUND_STEPS, len(loader))):
-            batch = data.to_device(batch, run.device)
-            with run.autocast():
-                scores = tower(data.normalise(batch.images))
-            optimizer.zero_grad()
-            cross_entropy(scores, batch.present, batch.present | batch.absent).backward()
-            optimizer.step()
-        fits = mean_auroc(tower_scores(run, tower, valid), present, known)
-        if fits > best:
-            best, since, kept = fits, 0, copy.deepcopy(tower.state_dict())
-        else:
-            since += 1
-        if since == ROUNDS_TO_WAIT:
-            break
-    tower.load_state_dict(kept)
-    return tower
-
-
-def fine_tune(run, encoded, *, load, fractions=(1, 10, 100), repeats=5):
-    """As linear_probe, but the whole image tower is trained on, see fine_tuned."""
-    train, valid = other_splits(encoded, load)
-
-    def train_and_score(records, seed):
-        return tower_scores(run, fine_tuned(run, records, valid, encoded.findings, seed), encoded.records)
-
-    return transfer(encoded, train, fractions, repeats, train_and_score, "fine-tuning")
+    return transfer(encoded, scores)
 
 
 def prompt_sensitivity(run, encoded, *, classes=None):
@@ -1078,7 +1002,6 @@ TASKS = {
     "zero-shot": zero_shot,
     "retrieval": retrieval,
     "linear-probe": linear_probe,
-    "fine-tune": fine_tune,
     "prompt-sensitivity": prompt_sensitivity,
     "prompt-words": prompt_words,
     "false-negatives": false_negatives,
@@ -1351,7 +1274,7 @@ def build_parser():
                    help="retrieve among K sentences of each finding, drawn from the reports that the run was "
                         "trained on, instead of the images' reports")
     p.add_argument("--fractions", type=number_type(float, 0.001, 100), nargs="+", default=(1, 10, 100),
-                   metavar="PERCENT", help="of the training patients, for linear-probe and fine-tune")
+                   metavar="PERCENT", help="of the training patients, for linear-probe")
     p.add_argument("--repeats", type=positive, default=5, help="draws of each of them but 100")
     p.add_argument("--out", metavar="FILE", help="results, default RUN/results.json; with --images FILE.csv")
     p.add_argument("--all-metrics", action="store_true",
@@ -1388,14 +1311,14 @@ def classes_of(runs, findings):
     return [name for name in findings if chosen and all(name in each for each in chosen)] or None
 
 
-def run_task(task, args, run, encoded):
+def run_task(task, args, run, encoded, others):
     """-> ({metric: Measure}, the options that the task was given)."""
 
     def training():
         return data.hold_out(load_split(args, run, run.args.data, "train"), encoded.records)
 
-    given = {**vars(args), "prompt_set": args.prompt_set or run.args.template, "training": training}
-    given["load"] = partial(load_split, args, run, args.data)
+    given = {**vars(args), "prompt_set": args.prompt_set or run.args.template}
+    given |= {"training": training, "others": others}
     options = {name: given[name] for name in inspect.signature(TASKS[task]).parameters if name in given}
     told = {k: v for k, v in options.items() if not callable(v) and v is not None}
     return TASKS[task](run, encoded, **options), told
@@ -1560,10 +1483,15 @@ def evaluate_run(args, path, run, records, chosen, written):
     if new:
         say(f"note: training of {path} had no label {', '.join(new)}")
     encoded, results, out = encode(run, records), {}, args.out or path.parent / "results.json"
+
+    @functools.cache
+    def others(split):
+        return encode(run, of_other_patients(load_split(args, run, args.data, split), records, split))
+
     tasks = list(TASKS) if "all" in args.task else list(dict.fromkeys(args.task))
     for task in tasks:
         try:
-            measures, options = run_task(task, args, run, encoded)
+            measures, options = run_task(task, args, run, encoded, others)
         except Lacking as error:
             if len(tasks) == 1:
                 raise

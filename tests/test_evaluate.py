@@ -485,7 +485,7 @@ def test_the_table_has_its_columns(assess, capsys):
 def test_a_score_worse_than_a_blind_guess_is_pointed_out(capsys):
     entry = {"value": 0.1, "low": 0.05, "high": 0.2, "chance": 0.5, "n": 9}
     entries = {"AUROC A": entry, "AUROC B": entry | {"high": 0.6}, "accuracy": entry}
-    for task in ("zero-shot", "fine-tune"):  # that has no prompts to be wrong
+    for task in ("zero-shot", "linear-probe"):  # that has no prompts to be wrong
         evaluate.print_table(task, entries)
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert len(warnings) == 1 and "AUROC A" in warnings[0]

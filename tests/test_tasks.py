@@ -13,7 +13,7 @@ import data
 import evaluate
 import prompts
 from data import BadInput, Record
-from evaluate import combined, drawn_by_patient, encode_findings, fine_tuned, logistic_regression
+from evaluate import combined, drawn_by_patient, encode_findings, logistic_regression
 
 
 @pytest.fixture(scope="module")
@@ -262,8 +262,9 @@ def test_same_seed_same_sentences():
 def test_a_fraction_takes_all_records_of_its_patients():
     records = [record for record in records_of(*"ABC" * 20) for _ in range(2)]
     drawn = drawn_by_patient(records, 10, seed=0)
-    patients = {record.patient for record in drawn}
-    assert len(patients) == 6 and drawn == [record for record in records if record.patient in patients]
+    patients = {records[row].patient for row in drawn}
+    assert len(patients) == 6
+    assert drawn == [row for row, record in enumerate(records) if record.patient in patients]
 
 
 def test_the_smallest_fraction_is_one_patient():
@@ -310,31 +311,15 @@ def test_a_finding_without_any_positive_is_no_obstacle():
 def test_other_splits_have_what_is_known_of_patients_that_are_not_evaluated():
     """The last record has no finding: it is known to lack A. Of the one before nothing is known."""
     records = records_of("A", "B", "C", "", "", absent=["", "", "", "", "A"])
-    encoded = hand_made(np.eye(3)[:1], "A")._replace(records=records[:1])
-    splits = evaluate.other_splits(encoded, lambda split: records)
-    assert [[record.id for record in split] for split in splits] == [["1", "2", "4"]] * 2
-
-
-def test_without_a_training_record_it_says_so():
-    encoded = hand_made(np.eye(3)[:1], "A")
+    others = evaluate.of_other_patients(records, records[:1], "train")
+    assert [record.id for record in others] == ["1", "2", "4"]
     with pytest.raises(BadInput, match="train"):
-        list(evaluate.other_splits(encoded, lambda split: encoded.records))
-
-
-def test_a_validation_split_that_cannot_choose_is_refused():
-    with pytest.raises(BadInput, match="valid"):
-        evaluate.validation_labels(records_of("A", "A"), ["A"])
-
-
-def transferred(encoded, percent, scores):
-    """Of classifiers with these (N, C, T) scores."""
-    score = lambda records, draw: scores[..., draw]  # noqa: E731
-    return evaluate.transfer(encoded, encoded.records, [percent], scores.shape[2], score, "a test")
+        evaluate.of_other_patients(records[:1], records[:1], "train")
 
 
 def test_transfer_is_the_mean_over_the_training_draws_and_its_interval_draws_them():
-    scores = np.stack([np.eye(3), np.roll(np.eye(3), 1, axis=1)], axis=2)  # all right, all wrong
-    accuracy = transferred(hand_made(np.eye(3), "ABC"), 1, scores)["1 % accuracy"]
+    scores = [np.eye(3), np.roll(np.eye(3), 1, axis=1)]  # all right, all wrong
+    accuracy = evaluate.transfer(hand_made(np.eye(3), "ABC"), {1: scores})["1 % accuracy"]
     entry = evaluate.entry_of(accuracy)
     assert entry["value"] == 0.5 and entry["spread"] == pytest.approx(0.5**0.5) and entry["trained"] == 2
     assert (entry["low"], entry["high"]) == (0, 1)
@@ -344,65 +329,28 @@ def test_transfer_is_the_mean_over_the_training_draws_and_its_interval_draws_the
 
 def test_transfer_of_several_findings_an_image_is_by_auroc():
     encoded = hand_made(np.eye(3), ["AB", "B", "C"])
-    assert transferred(encoded, 10, np.eye(3)[..., None]).keys() == {"10 % AUROC mean"}
+    assert evaluate.transfer(encoded, {10: [np.eye(3)]}).keys() == {"10 % AUROC mean"}
 
 
-def test_a_linear_probe_reads_what_the_features_hold(run, monkeypatch):
-    rng, records = np.random.default_rng(0), records_of(*"ABC" * 60)
-
-    def known_features(run, records):
-        labels = ["".join(record.findings) for record in records]
-        clean = np.eye(3)[["ABC".index(label) for label in labels]]
-        return hand_made(clean + 0.05 * rng.normal(size=clean.shape), labels)._replace(records=records)
-
-    monkeypatch.setattr(evaluate, "encode", known_features)
-    splits = {"train": records[60:120], "valid": records[120:]}
-    encoded = known_features(run, records[:60])
-    found = evaluate.linear_probe(run, encoded, load=splits.get, fractions=(20, 100), repeats=2)
+def test_a_linear_probe_reads_what_the_features_hold(run):
+    rng, labels = np.random.default_rng(0), "ABC" * 20
+    clean = np.eye(3)[["ABC".index(label) for label in labels]]
+    encoded, train, valid = (hand_made(clean + 0.05 * rng.normal(size=clean.shape), labels) for _ in range(3))
+    others = {"train": train, "valid": valid}.get
+    found = evaluate.linear_probe(run, encoded, others=others, fractions=(20, 100), repeats=2)
     assert found["100 % accuracy"].value == 1 and found["20 % accuracy"].trained == 2
     assert found["100 % accuracy"].constant == pytest.approx(1 / 3)
+
+
+def test_a_validation_split_that_cannot_choose_is_refused(run):
+    with pytest.raises(BadInput, match="valid"):
+        evaluate.linear_probe(run, hand_made(np.eye(3), "ABC"), others=lambda _: hand_made(np.eye(2), "AA"))
 
 
 def test_the_probe_names_its_fractions(examined):
     metrics = [f"{percent} % {metric}" for percent in (10, 100) for metric in ("accuracy", "AUROC mean")]
     assert list(examined["linear-probe"]) == metrics
     assert [entry["trained"] for entry in examined["linear-probe"].values()] == [2, 2, 1, 1]
-
-
-def test_fine_tuning_learns_what_the_labels_say(run):
-    """Bright or dark: of each kind twenty training images."""
-    records = [
-        replace(record, image=np.full((16, 16), 200 if "B" in record.findings else 40, np.uint8))
-        for record in records_of(*"AB" * 30)
-    ]
-    encoded, splits = evaluate.encode(run, records[40:]), {"train": records[:30], "valid": records[30:40]}
-    assert evaluate.fine_tune(run, encoded, load=splits.get, fractions=(100,))["100 % accuracy"].value == 1
-
-
-@pytest.mark.parametrize("task", [evaluate.linear_probe, evaluate.fine_tune])
-def test_a_training_image_that_cannot_be_read_is_named(run, task, tmp_path):
-    records = data.load_records(["phantom=16"], "test", 32)
-    records[12] = replace(records[12], image=tmp_path / "bad-12.png")
-    encoded, splits = evaluate.encode(run, records[:10]), {"train": records[10:21], "valid": records[21:]}
-    with pytest.raises(BadInput, match="bad-12.png"):
-        task(run, encoded, load=splits.get, fractions=(100,))
-
-
-def test_fine_tuning_leaves_the_run_as_it_was(run):
-    before = {name: value.clone() for name, value in run.model.state_dict().items()}
-    records = data.load_records(["phantom=16"], "test", 20)
-    fine_tuned(run, records, records, data.vocabulary(records), seed=0)
-    assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
-
-
-def test_fine_tuning_keeps_the_weights_that_were_best_on_the_validation_records(run, monkeypatch):
-    records, fits = data.load_records(["phantom=16"], "test", 20), iter([0.5, 0.7, *[0.6] * 9])
-    seen = []
-    keep = lambda run, tower, records: seen.append(tower[1].weight.clone())  # noqa: E731
-    monkeypatch.setattr(evaluate, "tower_scores", keep)
-    monkeypatch.setattr(evaluate, "mean_auroc", lambda *_: next(fits))
-    tower = fine_tuned(run, records, records, data.vocabulary(records), seed=0)
-    assert torch.equal(tower[1].weight, seen[1]) and len(seen) == 2 + evaluate.ROUNDS_TO_WAIT
 
 
 # -------------------------------------------------------------------------------------------------- wording
