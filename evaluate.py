@@ -161,6 +161,26 @@ def balanced_accuracy(predicted, true):
     return float(np.mean([(predicted[true == label] == label).mean() for label in np.unique(true)]))
 
 
+def f1(predicted, labels):
+    """2 TP / (2 TP + FP + FN): two (N,) bool -> float, 0 where nothing is present or predicted."""
+    return float(2 * (predicted & labels).sum() / max(1, predicted.sum() + labels.sum()))
+
+
+def mcc(predicted, labels):
+    """Matthews' correlation coefficient: two (N,) bool -> float in -1 ... 1, 0 where one is constant."""
+    spread = predicted.std() * labels.std()
+    covariance = (predicted & labels).mean() - predicted.mean() * labels.mean()
+    return float(covariance / spread) if spread else 0.0
+
+
+def best_threshold(scores, labels):
+    """The score from which on all are predicted present for the best F1: (N,) float, (N,) bool -> float."""
+    every, positive = np.sort(scores), np.sort(scores[labels])
+    found = len(positive) - np.searchsorted(positive, every)
+    predicted = len(every) - np.searchsorted(every, every)
+    return float(every[np.argmax(2 * found / (predicted + len(positive)))])
+
+
 # ------------------------------------------------------------------------------------------------ intervals
 
 
@@ -621,44 +641,76 @@ def combined(image_features, prompt_features, combine):
 
 
 def chosen_classes(encoded, classes):
-    """Names, None for all findings of the records -> (names, their columns)."""
+    """Names, None for all findings of the records -> (names, their columns of present and of absent)."""
     classes = list(dict.fromkeys(classes or encoded.findings))
     unknown = [name for name in classes if name not in encoded.findings]
     if unknown:
         known = ", ".join(encoded.findings) or "no label at all"
         raise BadInput(f"no image of this data has {unknown[0]!r}; it has {known}")
-    return classes, [encoded.findings.index(name) for name in classes]
+    columns = [encoded.findings.index(name) for name in classes]
+    return classes, encoded.present[:, columns], encoded.absent[:, columns]
 
 
-def zero_shot(run, encoded, *, prompt_set=None, combine="mean-embedding", classes=None):
+class Scored(NamedTuple):
+    """Scores of N images for C findings, and what is known of these."""
+
+    names: list
+    scores: np.ndarray  # (N, C)
+    present: np.ndarray  # (N, C) bool
+    absent: np.ndarray  # (N, C) bool
+    patients: np.ndarray  # (N,) int
+
+    def of(self, names):
+        """The same of these findings alone."""
+        columns = [self.names.index(name) for name in names]
+        parts = (part[:, columns] for part in (self.scores, self.present, self.absent))
+        return Scored(list(names), *parts, self.patients)
+
+    def by_finding(self):
+        """Name, scores, labels and patients of each finding that has both classes, where it is known."""
+        columns = zip(self.names, self.scores.T, self.present.T, self.absent.T, strict=True)
+        for name, scores, present, absent in columns:
+            if present.any() and absent.any():
+                known = present | absent
+                yield name, scores[known], present[known], self.patients[known]
+
+
+def zero_shot(run, encoded, *, prompt_set=None, combine="mean-embedding", classes=None, others=None):
     """Classification by label prompts (paper) -> {metric: Measure}.
 
     Accuracy and balanced accuracy over the images with exactly one of the classes, by the highest score.
     AUROC of each finding over the images in which it is known to be present or absent, by its score; "pair
     AUROC" by its score less that of the prompts of its absence (family: CheXzero, whose softmax over the two
-    gives the same ranking); "absence AUROC" of absence, by the prompts of absence alone.
+    gives the same ranking); "absence AUROC" of absence, by the prompts of absence alone. See at_thresholds.
 
     prompt_set: see read_prompts; None is the template of training. combine: see COMBINE.
     classes: names; None takes all findings of the records.
+    others: split -> Encoded of its labelled images of patients not evaluated; None leaves thresholds out.
     """
-    classes, columns = chosen_classes(encoded, classes)
+    classes, present, absent = chosen_classes(encoded, classes)
     if not classes:
         raise Lacking("zero-shot needs labels, and these data have none")
-    present, absent = encoded.present[:, columns], encoded.absent[:, columns]
     positive, negative = read_prompts(prompt_set or run.args.template, classes)
-    scores = combined(encoded.image_features, encode_findings(run, positive), combine)  # (N, C)
-    measures = classification(scores, present, absent, encoded.patients, classes)
-    names = [name for name in classes if name in negative]
-    if names:
-        rows = [classes.index(name) for name in names]
+    texts = encode_findings(run, positive)
+    scores = combined(encoded.image_features, texts, combine)
+    scored = Scored(classes, scores, present, absent, encoded.patients)
+    measures = classification(scored)
+    if negative:
         of_absence = combined(encoded.image_features, encode_findings(run, negative), combine)
-        present, absent = present[:, rows], absent[:, rows]
-        pair = classification(scores[:, rows] - of_absence, present, absent, encoded.patients, names)
-        alone = classification(of_absence, absent, present, encoded.patients, names)
-        for kind, found in (("pair", pair), ("absence", alone)):
-            measures |= {f"{kind} {k}": each for k, each in found.items() if k.startswith("AUROC")}
+        some = scored.of(negative)
+        pair = some._replace(scores=some.scores - of_absence)
+        swapped = some._replace(scores=of_absence, present=some.absent, absent=some.present)
+        measures |= by_finding("pair AUROC", auroc, pair) | by_finding("absence AUROC", auroc, swapped)
     if not measures:
         raise Lacking("zero-shot needs labels of two classes, and these data have none")
+    if others:
+        try:
+            valid = others("valid")
+            labels = (each.numpy() for each in data.label_matrices(valid.records, classes))
+            scores = combined(valid.image_features, texts, combine)
+            measures |= at_thresholds(scored, Scored(classes, scores, *labels, valid.patients))
+        except BadInput as error:
+            say(f"note: F1, MCC and binary accuracy are left out, for want of a threshold: {error}")
     return measures
 
 
@@ -667,30 +719,61 @@ def baselines(present):
     return {"chance": 1 / present.shape[1], "constant": present.mean(0).max()}
 
 
-def classification(scores, present, absent, patients, names):
-    """Accuracies and AUROCs of (N, C) scores against what is present and known to be absent -> Measures."""
+def by_finding(kind, metric, scored, chance=lambda labels: 0.5):
+    """A metric of each finding over the images where it is known, and its mean over the findings -> Measures.
+
+    metric: function of a finding's scores and labels. chance: function of its labels.
+    """
     measures = {}
-    single = present.sum(1) == 1
+    for name, scores, labels, patients in scored.by_finding():
+        told = {"patients": patients, "counts": {"positives": int(labels.sum())}}
+        measures[f"{kind} {name}"] = Measure(metric, (scores, labels), chance(labels), **told)
+    if measures:
+        arrays = scored.scores, scored.present, scored.present | scored.absent
+        blind = np.mean([measure.chance for measure in measures.values()])
+        mean = Measure(partial(mean_over_findings, metric), arrays, blind, patients=scored.patients)
+        measures[f"{kind} mean"] = mean
+    return measures
+
+
+def classification(scored):
+    """Accuracies over the images with exactly one finding, AUROCs and mAP of a Scored -> Measures."""
+    measures, names = {}, scored.names
+    single = scored.present.sum(1) == 1
     if single.any() and len(names) > 1:
-        true, predicted = present[single].argmax(1), scores[single].argmax(1)
-        told = baselines(present[single]) | {"patients": patients[single]}
+        true, predicted = scored.present[single].argmax(1), scored.scores[single].argmax(1)
+        told = baselines(scored.present[single]) | {"patients": scored.patients[single]}
         measures["accuracy"] = Measure(np.mean, (predicted == true,), **told)
-        told["constant"] = 1 / len(np.unique(true))
-        pairs = np.bincount(true * len(names) + predicted, minlength=len(names) ** 2)
-        told["counts"] = {"confusion": pairs.reshape(len(names), -1).tolist()}  # rows: true classes
+        pairs = Counter(zip(true.tolist(), predicted.tolist(), strict=True))
+        confusion = {
+            name: {other: pairs[i, j] for j, other in enumerate(names)} for i, name in enumerate(names)
+        }  # {true class: {predicted class: images}}
+        told |= {"constant": 1 / len(np.unique(true)), "counts": {"confusion": confusion}}
         measures["balanced accuracy"] = Measure(balanced_accuracy, (predicted, true), **told)
-    known = present | absent
-    for column, name in enumerate(names):
-        rows = known[:, column]
-        labels = present[rows, column]
-        if labels.any() and not labels.all():
-            told = {"chance": 0.5, "patients": patients[rows], "counts": {"positives": int(labels.sum())}}
-            measures[f"AUROC {name}"] = Measure(auroc, (scores[rows, column], labels), **told)
-    if any(metric.startswith("AUROC") for metric in measures):
-        arrays, told = (scores, present, known), {"patients": patients}
-        measures["AUROC mean"] = Measure(mean_auroc, arrays, chance=0.5, **told)
-        blind = mean_over_findings(lambda _, labels: labels.mean(), *arrays)
-        measures["mAP"] = Measure(partial(mean_over_findings, average_precision), arrays, blind, **told)
+    measures |= by_finding("AUROC", auroc, scored)
+    precision = by_finding("AP", average_precision, scored, chance=np.mean)
+    return measures | ({"mAP": precision["AP mean"]} if precision else {})
+
+
+def at_thresholds(scored, valid):
+    """F1, MCC and accuracy of each finding, predicted where its score reaches a threshold -> Measures.
+
+    The threshold has the best F1 on the validation split. Chance is the better of two answers: always, never.
+    """
+    thresholds = {name: best_threshold(scores, labels) for name, scores, labels, _ in valid.by_finding()}
+    if not thresholds:
+        raise Lacking("no evaluated finding is both present and absent in the valid split")
+    scored, measures = scored.of(thresholds), {}
+    scored = scored._replace(scores=scored.scores >= np.array(list(thresholds.values())))
+    for kind, metric in (("F1", f1), ("MCC", mcc), ("binary accuracy", lambda x, y: (x == y).mean())):
+
+        def chance(labels, metric=metric):
+            return max(metric(np.full(len(labels), answer), labels) for answer in (True, False))
+
+        measures |= by_finding(kind, metric, scored, chance)
+    for name in scored.names:
+        if f"F1 {name}" in measures:
+            measures[f"F1 {name}"].counts["threshold"] = thresholds[name]
     return measures
 
 
@@ -736,24 +819,22 @@ def retrieved(images, texts, by_class):
     for way, queries, candidates in (("i2t", images, texts), ("t2i", texts, images)):
         count = len(candidates.keys)
         right = torch.bincount(candidates.keys, minlength=int(queries.keys.max()) + 1)[queries.keys].numpy()
-        told = {"patients": queries.patients, "counts": {"candidates": count}}
         ks = [k for k in ((1, 2, 5, 10) if by_class else (1, 5, 10)) if k <= count]
         if by_class:
             ranked = partial(shares_at_k, candidate_sets=candidates.keys, ks=ks)
-            shares = in_chunks(ranked, queries.features, candidates.features, queries.keys).numpy()
-            for k, share in zip(ks, shares.T, strict=True):
-                measures[f"{way}_P@{k}"] = Measure(np.mean, (share,), right.mean() / count, **told)
-            for k, share in zip(ks[1:], shares.T[1:], strict=True):  # Hit@1 is P@1
-                measures[f"{way}_Hit@{k}"] = Measure(
-                    np.mean, (share > 0,), hit_chance(right, count, k), **told
-                )
+            shares = in_chunks(ranked, queries.features, candidates.features, queries.keys).numpy().T
+            found = {f"P@{k}": (share, right.mean() / count) for k, share in zip(ks, shares, strict=True)}
+            for k, share in zip(ks[1:], shares[1:], strict=True):  # Hit@1 is P@1
+                found[f"Hit@{k}"] = share > 0, hit_chance(right, count, k)
         else:
             ranked = partial(partner_rank, candidate_ids=candidates.keys)
             rank = in_chunks(ranked, queries.features, candidates.features, queries.keys).numpy()
-            for k in ks:
-                measures[f"{way}_R@{k}"] = Measure(np.mean, (rank < k,), hit_chance(right, count, k), **told)
-            chance = ((count - right) / (right + 1)).mean() + 1
-            measures[f"{way}_median rank"] = Measure(np.median, (rank + 1,), chance, **told)
+            found = {f"R@{k}": (rank < k, hit_chance(right, count, k)) for k in ks}
+            found["median rank"] = rank + 1, ((count - right) / (right + 1)).mean() + 1
+        for name, (of_queries, chance) in found.items():
+            metric = np.median if name == "median rank" else np.mean
+            told = {"patients": queries.patients, "counts": {"candidates": count}}
+            measures[f"{way}_{name}"] = Measure(metric, (of_queries,), chance, **told)
     return measures
 
 
@@ -908,8 +989,7 @@ def prompt_sensitivity(run, encoded, *, classes=None):
     the classes; then mean, spread (standard deviation) and worst over the variants. "negated" prompts say the
     opposite and stay out of these three: a model that understands "no" is below chance with them.
     """
-    classes, columns = chosen_classes(encoded, classes)
-    present = encoded.present[:, columns]
+    classes, present, _ = chosen_classes(encoded, classes)
     single = present.sum(1) == 1
     if len(classes) < 2 or not single.any():
         raise Lacking("prompt-sensitivity needs images with exactly one of two classes; these data have none")
@@ -1120,9 +1200,9 @@ def tinted(grey, cosines):
 
 def heatmap(run, encoded, path, prompt_set=None, classes=None, each=2, side=144):
     """Draws images with exactly one finding beside their similarity maps with its prompt, and the scale."""
-    classes, columns = chosen_classes(encoded, classes)
+    classes, present, _ = chosen_classes(encoded, classes)
     single = encoded.present.sum(1) == 1
-    chosen = [np.flatnonzero(single & encoded.present[:, column])[:each] for column in columns]
+    chosen = [np.flatnonzero(single & column)[:each] for column in present.T]
     rows = np.concatenate([np.zeros(0, int), *chosen])
     if not len(rows):
         raise BadInput("a heat map needs images with exactly one finding, and these data have none")
@@ -1218,8 +1298,8 @@ def print_table(task, entries, all_metrics=True):
     if len(rows) < len(entries):
         say(f"({len(entries) - len(rows)} more with --all-metrics)")
     for name, entry in entries.items():
-        for i, counts in enumerate(entry.get("confusion", ()) if all_metrics else ()):
-            say(f"{f'images of class {i + 1} predicted as each':{width}}" + "".join(f"{n:6}" for n in counts))
+        for true, counts in entry.get("confusion", {}).items() if all_metrics else ():
+            say(f"{f'{true}, predicted as each':{width}}" + "".join(f"{n:6}" for n in counts.values()))
         if task == "zero-shot" and name.startswith("AUROC") and entry["high"] < 0.5:
             say(f"warning: {name} is below 0.5: do its prompts and labels mean the same?")
 

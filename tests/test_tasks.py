@@ -150,6 +150,26 @@ def test_the_pair_score_is_the_difference_between_presence_and_absence(run, monk
     }
 
 
+def test_the_threshold_is_the_best_of_the_validation_split(classify):
+    """There A is best called from 2 on and B from 7 on; C is always there, so it has no threshold."""
+    valid = hand_made([[2, 7, 0], [3, 0, 0], [1, 0, 0]], ["ABC", "AC", "C"])
+    found = classify([[2, 0, 0], [1, 5, 0], [5, 6, 0]], ["A", "AB", "C"], others={"valid": valid}.get)
+    assert found["F1 A"].counts["threshold"] == 2 and found["F1 B"].counts["threshold"] == 7
+    # A: found, missed, called by mistake. B: never called, once missed.
+    assert found["F1 A"].value == 1 / 2 and found["MCC A"].value == pytest.approx(-1 / 2)
+    assert found["binary accuracy A"].value == 1 / 3 and found["binary accuracy B"].value == 2 / 3
+    assert found["F1 B"].value == found["MCC B"].value == 0 and found["F1 mean"].value == 1 / 4
+    assert found["F1 A"].chance == 4 / 5 and found["binary accuracy B"].chance == 2 / 3
+    assert not any(name.startswith("F1 C") for name in found)
+
+
+def test_without_labels_to_choose_a_threshold_by_a_note_says_so(classify, capsys):
+    found = classify(np.eye(3), "ABC", others=lambda split: hand_made(np.eye(3)[:2], "AA"))
+    assert not any(name.startswith(("F1", "MCC", "binary")) for name in found) and "accuracy" in found
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("note: F1, MCC and binary accuracy are left out")
+
+
 # ------------------------------------------------------------------------------------------ prompts of a file
 
 
