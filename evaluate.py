@@ -280,12 +280,9 @@ MODEL_OPTIONS = (
     "image_size patch_size swin_dim swin_depths swin_heads window_size text_model max_length embed_dim "
     "prompt_length"
 ).split()
-# Further options of training that are used below, by type.
-USED_OPTIONS = {
-    int: ("batch_size", "workers", "max_length"),
-    str: ("template", "precision", "uncertain"),
-    list: ("data", "views"),
-}
+# Further options of training that are used below. What is wrong with the model's shows where it is built.
+USED_OPTIONS = {"batch_size": int, "workers": int, "max_length": int, "template": str, "precision": str}
+USED_OPTIONS |= {"uncertain": str, "data": list, "views": list}
 # The fields of BERT's configuration that a checkpoint may set. Others, such as the kernel that computes
 # attention, could make the library fetch code.
 BERT_FIELDS = (
@@ -338,10 +335,7 @@ def build_model(args, bert, prompt_length):
     if args.max_length > positions:
         raise BadInput(f"--max-length {args.max_length}: the text model has {positions} positions")
     if prompt_length and positions - prompt_length < 8:
-        raise BadInput(
-            f"--prompt-length {prompt_length} leaves no room for text: the text model has {positions} "
-            "positions"
-        )
+        raise BadInput(f"--prompt-length {prompt_length}: no text fits beside it into {positions} positions")
     prompt = prompts.ContinuousPrompt(prompt_length, bert.config.hidden_size) if prompt_length else None
     return UMCL(build_image_encoder(args), TextEncoder(bert), prompt, embed_dim=args.embed_dim)
 
@@ -351,7 +345,7 @@ def finite(model):
 
 
 def save_checkpoint(path, run, progress, **more):
-    """Writes a run as tensors and plain data; a crash leaves the old file or the new one."""
+    """Writes a run as tensors and plain data."""
     if not finite(run.model):
         raise BadInput(f"the weights are not finite any more, and {path} is left as it was; try a lower --lr")
     state = {
@@ -362,33 +356,24 @@ def save_checkpoint(path, run, progress, **more):
         "tokenizer": run.tokenizer.backend_tokenizer.to_str(),
         "bert": run.model.text_encoder.bert.config.to_json_string(),
         "progress": progress,
-        **more,
     }
-    write_whole(path, partial(torch.save, state))
+    with replacing(path) as file:
+        torch.save(state | more, file)
 
 
-def write_whole(path, write):
-    """write(temporary file), then puts that in the place of `path`."""
-    path, temporary = Path(path), Path(f"{path}.tmp")
+@contextlib.contextmanager
+def replacing(path):
+    """A file to write bytes into; a crash or a full disk leaves the old file or the new one."""
     try:
-        temporary.unlink(missing_ok=True)  # a link of that name would be written through
-        write(temporary)
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
+        with data.replacing(path, "xb") as file:
+            yield file
+        folder = os.open(Path(path).parent, os.O_RDONLY)
+        os.fsync(folder)  # else a crash could undo the new name
+        os.close(folder)
     except (OSError, RuntimeError) as error:  # torch.save's own error does not say that the disk is full
         with contextlib.suppress(OSError):
-            temporary.unlink()
+            os.unlink(f"{path}.tmp")
         raise BadInput(f"{path} cannot be written; is the disk full? ({error})") from error
-
-
-def sync(path):
-    """Flushes a file, or the names in a folder, to the disk, where a crash cannot undo them."""
-    place = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(place)
-    finally:
-        os.close(place)
 
 
 def run_file(path):
@@ -403,8 +388,6 @@ def refusing(path):
         yield
     except FileNotFoundError as error:
         raise BadInput(f"the checkpoint {path} is not there; `python train.py` makes one") from error
-    except PermissionError as error:
-        raise BadInput(f"the checkpoint {path} may not be read ({error.strerror})") from error
     except Exception as error:  # the libraries have no error of their own for what they cannot read or build
         what = " ".join(str(error).split())[:200]
         raise BadInput(f"{path} is cut short or no checkpoint of this program ({what})") from error
@@ -416,14 +399,13 @@ def read_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["kind"] != "umcl":
             raise ValueError("it holds something else")
-        for kind, names in USED_OPTIONS.items():
-            for name in names:
-                if not isinstance(state["args"].get(name), kind):
-                    raise ValueError(f"its option {name} is missing or no {kind.__name__}")
-        if state["args"]["batch_size"] < 1:
-            raise ValueError("its batches are empty")
-        if not all(isinstance(name, str) for name in (*state["findings"], *state["args"]["data"])):
-            raise ValueError("a finding or a data set is no name")
+        options = state["args"]
+        for name, kind in USED_OPTIONS.items():
+            if not isinstance(options[name], kind):
+                raise ValueError(f"its option {name} is no {kind.__name__}")
+        names = *state["findings"], *options["data"]
+        if options["batch_size"] < 1 or not all(isinstance(name, str) for name in names):
+            raise ValueError("its batches are empty, or a finding or a data set is no name")
         return state | {"path": str(path)}
 
 
@@ -464,11 +446,10 @@ def resolve_machine(args):
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
     if args.precision == "auto":
-        units = {  # torch has no public question for a processor's bf16 units in the oldest version supported
-            "cuda": lambda: torch.cuda.is_bf16_supported(),
-            "cpu": lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
-        }.get(device.type, lambda: False)
-        args.precision = "bf16" if units() else "fp32"
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        if device.type == "cpu":  # the oldest version of torch supported has no public question for it
+            bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        args.precision = "bf16" if bf16 else "fp32"
     return device
 
 
@@ -522,7 +503,7 @@ def encode(run, records):
     run.model.eval()
     findings = data.vocabulary(records)
     loader = image_loader(run, records, findings)
-    report_rows, report_labels, report_features, pooled, image_features = [], [], [], [], []
+    pooled, image_features, report_features, report_rows, report_labels = ([] for _ in range(5))
     for batch in progress(data.readable(loader), "images and reports", total=len(loader), unit="batch"):
         report_rows.append(batch.rows[batch.report_rows])
         report_labels.append(batch.report_labels)
@@ -532,14 +513,13 @@ def encode(run, records):
             image_features.append(run.model.project_image(features))
             pooled.append(features.float().cpu())
             report_features += [run.model.encode_text(*piece) for piece in batch.reports]
-    report_rows = torch.cat(report_rows)
-    order = report_rows.argsort()  # Collate sorts the reports of a batch by length
+    order = torch.cat(report_rows).argsort()  # Collate sorts the reports of a batch by length
     return Encoded(
         records,
         findings,
         finite_features(image_features),
         finite_features(report_features or [torch.zeros(0, 1)])[order.numpy()],
-        report_rows[order].numpy(),
+        torch.cat(report_rows)[order].numpy(),
         *(labels.numpy() for labels in data.label_matrices(records, findings)),
         torch.cat(pooled).numpy(),
         torch.cat(report_labels)[order].numpy(),
@@ -558,19 +538,20 @@ def finite_features(parts):
 def encode_texts(run, texts, as_prompts=False):
     """Reports, or label prompts with the continuous prompt put in -> (T, D) float32, unit length."""
     run.model.eval()
+    encode_part = run.model.encode_prompt if as_prompts else run.model.encode_text
     features = []
     for i in range(0, len(texts), run.args.batch_size):
         part = texts[i : i + run.args.batch_size]
         reports = data.tokenize(run.tokenizer, part, run.args.max_length) if not as_prompts else None
         tokens = data.to_device(reports or run.prompt_tokens(part), run.device)
         with run.autocast():
-            features.append((run.model.encode_prompt if as_prompts else run.model.encode_text)(*tokens))
+            features.append(encode_part(*tokens))
     return finite_features(features)
 
 
 def encode_images(run, images):
     """Paths, Pillow images or grey (H, W) uint8 arrays -> (N, D) float32, unit length."""
-    images = [np.asarray(each.convert("L")) if isinstance(each, Image.Image) else each for each in images]
+    images = [np.asarray(data.grey(each)) if isinstance(each, Image.Image) else each for each in images]
     for image in images:
         if isinstance(image, np.ndarray) and (image.ndim, image.dtype) != (2, np.uint8):
             raise BadInput(f"an image as array is (H, W) uint8, not {image.shape} {image.dtype}")
@@ -578,7 +559,7 @@ def encode_images(run, images):
 
 
 def bare_records(images):
-    """Records of images of which nothing else is known."""
+    """Records of paths or arrays of which nothing else is known."""
     images = [image if isinstance(image, np.ndarray) else Path(image) for image in images]
     return [data.Record(image, None, frozenset(), str(i), "images") for i, image in enumerate(images)]
 
@@ -1143,7 +1124,8 @@ def save_picture(tiles, columns, path):
     picture = to_pil_image(make_grid(torch.stack(tiles), columns, padding=4, pad_value=255))
     mark = PngInfo()
     mark.add_text("Software", "UMCL")
-    write_whole(path, partial(picture.save, format="PNG", pnginfo=mark))
+    with replacing(path) as file:
+        picture.save(file, format="PNG", pnginfo=mark)
 
 
 def shown(record, side):
@@ -1258,18 +1240,13 @@ def read_results(path):
         raise BadInput(f"{path} holds no results ({error}); move it away") from error
 
 
-def write_text(path, text):
-    write_whole(path, lambda temporary: temporary.write_bytes(text.encode("utf-8", "replace")))
-
-
 def write_features(encoded, path):
     """Image and report features with the ids of their images, or their places in the list, as .npz."""
     ids = np.array([record.id or str(i) for i, record in enumerate(encoded.records)])
     arrays = {"image_features": encoded.image_features, "image_ids": ids}
     arrays |= {"report_features": encoded.report_features, "report_ids": ids[encoded.report_rows]}
-    file = io.BytesIO()
-    np.savez(file, **arrays)
-    write_whole(path, lambda temporary: temporary.write_bytes(file.getvalue()))
+    with replacing(path) as file:
+        np.savez(file, **arrays)
 
 
 def newest_checkpoint():
@@ -1547,7 +1524,8 @@ def score_images(args, run):
     if args.out:
         table = io.StringIO(newline="")
         csv.writer(table).writerows(rows)
-        write_text(args.out, table.getvalue())
+        with replacing(args.out) as file:
+            file.write(table.getvalue().encode("utf-8", "replace"))
     if all(row[-1] for row in rows[1:]):
         raise BadInput("none of the images can be read")
 
@@ -1578,7 +1556,8 @@ def evaluate_run(args, path, run, records, chosen, written):
             say(f"{task} is left out: {error}")
             continue
         name, entry = result_of(task, args, run, encoded, path, chosen, measures, options)
-        write_text(out, json.dumps(read_results(out) | {name: entry}, indent=1) + "\n")
+        with replacing(out) as file:
+            file.write((json.dumps(read_results(out) | {name: entry}, indent=1) + "\n").encode())
         written += [out] if out not in written else []
         results[task] = measures
         if not args.compare:

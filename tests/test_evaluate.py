@@ -908,6 +908,15 @@ def test_paths_pictures_and_arrays_of_an_image_have_the_same_features(run, scans
         evaluate.encode_images(run, [np.zeros((3, 8, 8))])
 
 
+def test_a_picture_of_16_bits_has_the_features_of_its_file_and_is_not_clipped(run, tmp_path):
+    grey = data.phantom("16", "valid")[0].image
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    with Image.open(tmp_path / "deep.png") as picture:
+        assert picture.mode.startswith("I")
+        features = evaluate.encode_images(run, [picture, tmp_path / "deep.png", grey])
+    assert np.array_equal(features[0], features[1]) and np.array_equal(features[0], features[2])
+
+
 def test_features_are_written_with_the_ids_of_their_images(tiny_run, tmp_path):
     flags = ["--limit", "6", "--out", str(tmp_path / "results.json"), "--features", str(tmp_path / "f.npz")]
     assert evaluate.main(["--checkpoint", str(tiny_run), *flags]) == 0
