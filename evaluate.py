@@ -1223,10 +1223,8 @@ def check_output(path, ending):
         raise BadInput(f"{path}: the name of this file has to end in {ending}")
     if ending == ".json":
         read_results(path)
-    elif Path(path).exists():
-        with open(path, "rb") as file:
-            if SIGNATURES[ending] not in file.read(1000):
-                raise BadInput(f"{path} is there and was not written by this program; name another file")
+    elif Path(path).exists() and SIGNATURES[ending] not in Path(path).read_bytes()[:1000]:
+        raise BadInput(f"{path} is there and was not written by this program; name another file")
 
 
 def read_results(path):
@@ -1272,11 +1270,11 @@ def print_table(task, entries, all_metrics=True):
         bounds = f"{entry['low']:.3f} to {entry['high']:.3f}"
         blind, constant = (f"{entry[k]:.3f}" if k in entry else "" for k in ("chance", "constant"))
         say(f"{name:{width}}{entry['value']:8.3f}{bounds:>21}{blind:>8}{constant:>10}{entry['n']:7}")
+        for true, counts in entry.get("confusion", {}).items() if all_metrics else ():
+            say(f"{f'  {true}, predicted as each':{width}}" + "".join(f"{n:6}" for n in counts.values()))
     if len(rows) < len(entries):
         say(f"({len(entries) - len(rows)} more with --all-metrics)")
     for name, entry in entries.items():
-        for true, counts in entry.get("confusion", {}).items() if all_metrics else ():
-            say(f"{f'{true}, predicted as each':{width}}" + "".join(f"{n:6}" for n in counts.values()))
         if task == "zero-shot" and name.startswith("AUROC") and entry["high"] < 0.5:
             say(f"warning: {name} is below 0.5: do its prompts and labels mean the same?")
 
@@ -1308,12 +1306,10 @@ def build_parser():
     positive = number_type(int, 1)
     p = ArgumentParser(description="Evaluate a run of train.py.", allow_abbrev=False)
     p.add_argument("--task", nargs="+", choices=[*TASKS, "all"], default=["zero-shot", "retrieval"])
-    c = p.add_mutually_exclusive_group()
-    c.add_argument("--checkpoint", help="RUN or RUN/best.pt; default the newest run's best")
-    c.add_argument("--compare", nargs="+", metavar="RUN", help="several, side by side on the same records")
-    d = p.add_mutually_exclusive_group()
-    d.add_argument("--data", nargs="+", metavar="NAME[=ROOT]", help="default: what the run was trained on")
-    d.add_argument("--images", nargs="+", metavar="FILE_OR_FOLDER",
+    p.add_argument("--checkpoint", help="RUN or RUN/best.pt; default the newest run's best")
+    p.add_argument("--compare", nargs="+", metavar="RUN", help="several, side by side on the same records")
+    p.add_argument("--data", nargs="+", metavar="NAME[=ROOT]", help="default: what the run was trained on")
+    p.add_argument("--images", nargs="+", metavar="FILE_OR_FOLDER",
                    help="no task and no table: the cosine of these images with the prompt of each class")
     p.add_argument("--split", choices=[*data.SPLITS, "all"], default="test")
     p.add_argument("--limit", type=positive, help="only the first N records of each data set")
@@ -1334,8 +1330,7 @@ def build_parser():
                    metavar="PERCENT", help="of the training patients, for linear-probe")
     p.add_argument("--repeats", type=positive, default=5, help="draws of each of them but 100")
     p.add_argument("--out", metavar="FILE", help="results, default RUN/results.json; with --images FILE.csv")
-    p.add_argument("--all-metrics", action="store_true",
-                   help="print all rows, not the main ones alone")
+    p.add_argument("--all-metrics", action="store_true", help="print all rows, not the main ones alone")
     p.add_argument("--gallery", metavar="FILE.png", help="draw images and the reports that they retrieve")
     p.add_argument("--heatmap", metavar="FILE.png", help="draw where images are like their label's prompt")
     p.add_argument("--features", metavar="FILE.npz", help="write features of images and reports, with ids")
@@ -1346,18 +1341,25 @@ def build_parser():
 # fmt: on
 
 
+def parse_args(argv=None):
+    """Command line -> Namespace; options that mean nothing beside another one are refused."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    blank = argparse.Namespace(**dict.fromkeys(vars(args)))  # what is not given stays None
+    given = {name for name, value in vars(parser.parse_args(argv, blank)).items() if value is not None}
+    with_images = {"checkpoint", "images", "classes", "prompt_set", "combine", "out", "device", "threads"}
+    of_one_run = {"checkpoint", "gallery", "heatmap", "features"}
+    for mode, useless in (("images", given - with_images), ("compare", given & of_one_run)):
+        if mode in given and useless:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(useless))
+            parser.error(f"--{mode} does not go with {flags}")
+    return args
+
+
 def load_split(args, run, specs, split):
     """The records of a split of these data sets, read as the run read its own."""
     options = {"views": run.args.views, "uncertain": run.args.uncertain}
     return data.load_records(specs, split, args.limit, **options)
-
-
-def chosen_records(args, run):
-    """The records to evaluate -> (records, words for which they are)."""
-    if args.ids:
-        records = data.listed_records(args.data, data.read_ids(args.ids), run.args.uncertain)
-        return records[: args.limit], f"list {args.ids}"
-    return load_split(args, run, args.data, args.split), f"{args.split} split"
 
 
 def classes_of(runs, findings):
@@ -1382,7 +1384,7 @@ def run_task(task, args, run, encoded, others):
 
 
 def result_of(task, args, run, encoded, checkpoint, chosen, measures, options):
-    """-> (name, entry) of a task for results.json. Folders of the data stand in "data" alone."""
+    """-> (name, entry) of a task for results.json; what can change the result is in the name."""
     labels, reports = records_sha256(encoded.records)
     with_report = {record.source for record in encoded.records if record.report}
     labelled = int(encoded.present.any(1).sum())
@@ -1405,11 +1407,7 @@ def result_of(task, args, run, encoded, checkpoint, chosen, measures, options):
         classes = options.get("classes") or encoded.findings
         entry["prompts"] = read_prompts(options["prompt_set"], classes)
         entry["not trained"] = [each for each in classes if each not in run.findings]
-    sets = [
-        f"{name}={Path(root).name}" if root else name
-        for name, _, root in (s.partition("=") for s in args.data)
-    ]
-    parts = [task, str(checkpoint), f"{chosen} of {', '.join(sets)}"]
+    parts = [task, str(checkpoint), f"{chosen} of {', '.join(args.data)}"]
     parts += [f"first {args.limit}"] * bool(args.limit) + [f"{k} {v}" for k, v in options.items()]
     return ", ".join(parts), entry
 
@@ -1424,12 +1422,16 @@ def flags_that_differ(runs):
 
 def groups_by_flags(runs):
     """[{seed: number of the run}, ...]: runs that differ in the seed alone are one group."""
-    groups, flags, seen = {}, list(flags_that_differ(runs).values()), Counter()
+    flags, groups = list(flags_that_differ(runs).values()), []
     for i, run in enumerate(runs):
-        key = str([each[i] for each in flags])
-        groups.setdefault((key, seen[key, run.args.seed]), {})[run.args.seed] = i
-        seen[key, run.args.seed] += 1  # two checkpoints of one run are two groups
-    return list(groups.values())
+        own = [each[i] for each in flags]
+        for of_group, group in groups:
+            if of_group == own and run.args.seed not in group:  # two checkpoints of one run are two groups
+                group[run.args.seed] = i
+                break
+        else:
+            groups.append((own, {run.args.seed: i}))
+    return [group for _, group in groups]
 
 
 # Student's t at 97.5 %, for the mean of so many seeds; more than ten use the last, which is a little wide
@@ -1446,6 +1448,15 @@ def mean_over_seeds(values, sign=""):
     return f"{np.mean(values):{sign}.3f} ± {T_OF[min(len(values), 10)] * error:.3f}"
 
 
+def seeds_compared(first, group):
+    """The second group's values less the first's, {seed: Measure} each, by runs of the same seed -> str."""
+    pairs = [(first[seed], group[seed]) for seed in group if seed in first]
+    if len(first) == len(group) == len(pairs) == 1:
+        value, low, high = difference(*pairs[0])
+        return f"{value:+.3f} ({low:+.3f} to {high:+.3f})"
+    return mean_over_seeds([other.value - one.value for one, other in pairs], "+")
+
+
 def print_comparison(paths, runs, results, all_metrics):
     """Groups of runs that differ in the seed alone, side by side, and each group's difference to the first.
 
@@ -1460,22 +1471,17 @@ def print_comparison(paths, runs, results, all_metrics):
         say(f"{i}: {', '.join(str(paths[run]) for run in group.values())}")
     for name, values in flags_that_differ([runs[min(group.values())] for group in groups]).items():
         say(f"  --{name.replace('_', '-')}: " + " | ".join(map(str, values)))
-    lines = {"": [*(f"{i:>18}" for i in range(1, len(groups) + 1))]}
-    lines[""] += [f"{f'{i} less 1':>28}" for i in range(2, len(groups) + 1)]
+    numbers = range(1, len(groups) + 1)
+    lines = {"": [f"{i:>18}" for i in numbers] + [f"{f'{i} less 1':>28}" for i in numbers[1:]]}
     for task, measures in results[0].items():
         for metric in rows_shown(task, measures, all_metrics):
-            if not all(metric in each.get(task, ()) for each in results):
-                continue
-            of = [{seed: results[i][task][metric] for seed, i in group.items()} for group in groups]
-            cells = [f"{mean_over_seeds([measure.value for measure in group.values()]):>18}" for group in of]
-            for group in of[1:]:
-                pairs = [(of[0][seed], group[seed]) for seed in group if seed in of[0]]
-                cell = mean_over_seeds([other.value - one.value for one, other in pairs], "+")
-                if len(of[0]) == len(group) == len(pairs) == 1:
-                    value, low, high = difference(*pairs[0])
-                    cell = f"{value:+.3f} ({low:+.3f} to {high:+.3f})"
-                cells.append(f"{cell:>28}")
-            lines[f"{task}  {metric}"] = cells
+            if all(metric in each.get(task, ()) for each in results):
+                of = [{seed: results[i][task][metric] for seed, i in group.items()} for group in groups]
+                means = [mean_over_seeds([each.value for each in group.values()]) for group in of]
+                cells = [f"{mean:>18}" for mean in means]
+                lines[f"{task}  {metric}"] = cells + [
+                    f"{seeds_compared(of[0], group):>28}" for group in of[1:]
+                ]
     for name, cells in lines.items():
         say(f"{name:{max(map(len, lines))}}" + "".join(cells))
 
@@ -1501,17 +1507,16 @@ def score_images(args, run):
     paths, classes = image_paths(args.images), args.classes or run.findings
     texts = encode_findings(run, read_prompts(args.prompt_set or run.args.template, classes)[0])
     loader = image_loader(run, bare_records(paths), collate_fn=list)
+    blank = torch.zeros(1, run.args.image_size, run.args.image_size, dtype=torch.uint8)
     rows = [["image", *(f"cosine {name}" for name in classes), "error"]]
     for items in progress(data.readable(loader), "images", total=len(loader), unit="batch"):
-        good = [image for _, image in items if not isinstance(image, BadInput)]
-        scores = iter(())
-        if good:
-            with run.autocast():
-                features = run.model.encode_image(data.normalise(torch.stack(good).to(run.device)))
-            scores = iter(combined(finite_features([features]), texts, args.combine))
-        for i, image in items:
+        images = torch.stack([blank if isinstance(image, BadInput) else image for _, image in items])
+        with run.autocast():
+            features = run.model.encode_image(data.normalise(images.to(run.device)))
+        scores = combined(finite_features([features]), texts, args.combine)
+        for (i, image), own in zip(items, scores, strict=True):
             bad = isinstance(image, BadInput)
-            cells = [""] * len(classes) if bad else [f"{score:.4f}" for score in next(scores)]
+            cells = [""] * len(classes) if bad else [f"{score:.4f}" for score in own]
             rows.append([str(paths[i]), *cells, str(image).partition("; repair")[0] if bad else ""])
     width = max(len(row[0]) for row in rows[:21])
     say(f"{'cosine with the prompt of':{width}}  {'  '.join(classes)}")
@@ -1558,7 +1563,7 @@ def evaluate_run(args, path, run, records, chosen, written):
         name, entry = result_of(task, args, run, encoded, path, chosen, measures, options)
         with replacing(out) as file:
             file.write((json.dumps(read_results(out) | {name: entry}, indent=1) + "\n").encode())
-        written += [out] if out not in written else []
+        written[str(out)] = None
         results[task] = measures
         if not args.compare:
             print_table(task, entry["metrics"], args.all_metrics)
@@ -1568,27 +1573,40 @@ def evaluate_run(args, path, run, records, chosen, written):
 
 
 def evaluate(args, written):
-    """Does what the options ask for. `written` gets the files' names."""
+    """Does what the options ask for. `written` gets the names of the files, as keys."""
     torch.set_num_threads(args.threads)
     paths = [run_file(path) for path in args.compare or [args.checkpoint or newest_checkpoint()]]
-    extra = {args.features: ".npz", args.gallery: ".png", args.heatmap: ".png"}
-    extra.pop(None, None)
-    if extra and (args.compare or args.images):
-        raise BadInput(f"{', '.join(extra)}: of one run and its data alone, without --compare and --images")
-    results = (
-        [args.out] if args.out else [] if args.images else [path.parent / "results.json" for path in paths]
-    )
-    for file, ending in {**extra, **dict.fromkeys(results, ".csv" if args.images else ".json")}.items():
-        check_output(file, ending)
+    endings = {args.features: ".npz", args.gallery: ".png", args.heatmap: ".png"}
+    if args.images:
+        endings[args.out] = ".csv"
+    else:
+        endings |= {
+            file: ".json" for file in ([args.out] if args.out else [p.parent / "results.json" for p in paths])
+        }
+    for file, ending in endings.items():
+        if file:
+            check_output(file, ending)
     runs = [load_run(path) for path in paths]
     for run in runs:
         run.args.device = args.device
         run.model.to(resolve_machine(run.args))
     if args.images:
         score_images(args, runs[0])
-        return
-    args.data = args.data or runs[0].args.data  # all see the same records
-    records, chosen = chosen_records(args, runs[0])
+    else:
+        evaluate_runs(args, paths, runs, written)
+    written |= dict.fromkeys(file for file in (args.features, args.gallery, args.heatmap, args.out) if file)
+    if written:
+        say(f"\nwritten: {', '.join(written)}")
+
+
+def evaluate_runs(args, paths, runs, written):
+    """The tasks for each run, on the same records; then, of one run, features and pictures."""
+    args.data = args.data or runs[0].args.data
+    if args.ids:
+        records = data.listed_records(args.data, data.read_ids(args.ids), runs[0].args.uncertain)
+        records, chosen = records[: args.limit], f"list {args.ids}"
+    else:
+        records, chosen = load_split(args, runs[0], args.data, args.split), f"{args.split} split"
     args.classes = args.classes or classes_of(runs, data.vocabulary(records))
     measures = []
     for path, run in zip(paths, runs, strict=True):
@@ -1602,29 +1620,27 @@ def evaluate(args, written):
         heatmap(run, encoded, args.heatmap, args.prompt_set, args.classes)
     if args.compare:
         print_comparison(paths, runs, measures, args.all_metrics)
-    say(f"\nwritten: {', '.join(map(str, [*written, *extra]))}")
 
 
 def main(argv=None):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without ± shows a question mark
-    written = []
+    written = {}
     try:
-        evaluate(build_parser().parse_args(argv), written)
+        evaluate(parse_args(argv), written)
         return 0
     except (BadInput, OSError) as error:  # OSError: a folder that cannot be read or written
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        return 2
+        status, sentence = 2, error
     except (RuntimeError, MemoryError) as error:  # torch has no class of its own for either
         if not isinstance(error, MemoryError) and not re.search("DataLoader|memory", str(error)):
             raise
-        print(f"evaluate.py: it failed, maybe for want of memory: {error}", file=sys.stderr)
-        return 2
+        status, sentence = 2, f"it failed, maybe for want of memory: {error}"
     except KeyboardInterrupt:
-        kept = f"{', '.join(map(str, written))} keeps what was done" if written else "nothing was written yet"
-        print(f"evaluate.py: stopped by Ctrl-C; {kept}", file=sys.stderr)
-        return 130
+        kept = f"{', '.join(written)} keeps what was done" if written else "nothing was written yet"
+        status, sentence = 130, f"stopped by Ctrl-C; {kept}"
+    print(f"evaluate.py: {sentence}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":
