@@ -201,22 +201,15 @@ def bootstrap_ci(metric, *arrays, n=1000, seed=0, patients=None):
 
 
 class Measure(NamedTuple):
-    """A metric and what it is computed from: all that its value, interval and differences need.
+    """A metric and what it is computed from: all that its value, interval and differences need."""
 
-    metric: function of the arrays -> float. arrays: N rows each, one for each image or text asked about.
-    chance: value of a blind guess. constant: value of always answering the most frequent class.
-    patients: (N,) int, whose row it is. trained: number of classifiers, each trained on its own draw of the
-    training patients; the first array then has them as its last axis, and the value is their mean.
-    counts: further numbers for the results.
-    """
-
-    metric: Callable
-    arrays: tuple
-    chance: float = None
-    constant: float = None
-    patients: np.ndarray = None
-    trained: int = 0
-    counts: dict = {}
+    metric: Callable  # function of the arrays -> float
+    arrays: tuple  # N rows each, one for each image or text asked about
+    chance: float = None  # value of a blind guess
+    constant: float = None  # value of always answering the most frequent class
+    patients: np.ndarray = None  # (N,) int, whose row it is
+    trained: int = 0  # number of classifiers, the last axis of the first array; the value is their mean
+    counts: dict = {}  # further numbers for the results
 
     def of(self, arrays, classifiers):
         """The metric of these rows -> list of one float, or one for each of these classifiers."""
@@ -228,7 +221,7 @@ class Measure(NamedTuple):
         return float(np.mean(self.of(self.arrays, range(self.trained))))
 
 
-def interval(measure, less=None, draws=1000):
+def interval(measure, less=None):
     """95 % interval of a measure, or of its value less that of another of the same rows -> (low, high).
 
     Trained classifiers are drawn like the rows: they are a sample of what the training patients could give.
@@ -240,8 +233,7 @@ def interval(measure, less=None, draws=1000):
         value = np.mean(measure.of(arrays[:count], chosen))
         return value - np.mean(less.of(arrays[count:], chosen)) if less else value
 
-    arrays = measure.arrays + (less.arrays if less else ())
-    return bootstrap_ci(metric, *arrays, n=draws, patients=measure.patients)
+    return bootstrap_ci(metric, *measure.arrays, *(less.arrays if less else ()), patients=measure.patients)
 
 
 def entry_of(measure):
@@ -258,10 +250,7 @@ def entry_of(measure):
 
 
 def difference(one, other):
-    """The second measure less the first and its paired interval -> (value, low, high).
-
-    Measures of different things, such as the vectors of two prompts, have no paired interval: nan.
-    """
+    """The second measure less the first -> (value, low, high); nan where their rows are not the same."""
     paired = len(one.arrays[0]) == len(other.arrays[0]) and one.trained == other.trained
     return other.value - one.value, *(interval(other, one) if paired else (np.nan, np.nan))
 
@@ -276,10 +265,10 @@ def progress(items, what, **options):
 # Options that say where and how a run is computed: they change it by rounding and random numbers at most.
 MACHINE_OPTIONS = ("device", "workers", "threads", "micro_batch_size", "log_every", "save_every")
 # Options that the shapes of the weights depend on.
-MODEL_OPTIONS = (
+MODEL_OPTIONS = tuple(
     "image_size patch_size swin_dim swin_depths swin_heads window_size text_model max_length embed_dim "
-    "prompt_length"
-).split()
+    "prompt_length".split()
+)
 # Further options of training that are used below. What is wrong with the model's shows where it is built.
 USED_OPTIONS = {"batch_size": int, "workers": int, "max_length": int, "template": str, "precision": str}
 USED_OPTIONS |= {"uncertain": str, "data": list, "views": list}
@@ -311,6 +300,9 @@ class Run(NamedTuple):
         positions = self.model.text_encoder.bert.config.max_position_embeddings
         room = positions - (len(self.model.prompt.context) if self.model.prompt else 0)
         return data.tokenize(self.tokenizer, texts, min(self.args.max_length, room))
+
+    def report_tokens(self, texts):
+        return data.tokenize(self.tokenizer, texts, self.args.max_length)
 
 
 def wrap_tokenizer(tokenizer_json):
@@ -466,8 +458,8 @@ class Encoded(NamedTuple):
     report_rows: np.ndarray  # (R,) int, the record of each report
     present: np.ndarray  # (N, C) bool
     absent: np.ndarray  # (N, C) bool
-    pooled: np.ndarray = None  # (N, F) float32, the image tower's features before the projection
-    report_labels: np.ndarray = None  # (R, C) bool, what each report stands for in training, see data.Batch
+    pooled: np.ndarray  # (N, F) float32, the image tower's features before the projection
+    report_labels: np.ndarray  # (R, C) bool, what each report stands for in training, see data.Batch
 
     @property
     def patients(self):
@@ -495,11 +487,7 @@ def image_loader(run, records, findings=(), collate_fn=None):
 
 @torch.no_grad()
 def encode(run, records):
-    """Records -> Encoded, in their order; the findings are those that are present at least once.
-
-    Raises:
-        BadInput: an image cannot be read, or the model gives features that are not finite.
-    """
+    """Records -> Encoded, in their order; the findings are those that are present at least once."""
     run.model.eval()
     findings = data.vocabulary(records)
     loader = image_loader(run, records, findings)
@@ -538,12 +526,11 @@ def finite_features(parts):
 def encode_texts(run, texts, as_prompts=False):
     """Reports, or label prompts with the continuous prompt put in -> (T, D) float32, unit length."""
     run.model.eval()
+    tokens_of = run.prompt_tokens if as_prompts else run.report_tokens
     encode_part = run.model.encode_prompt if as_prompts else run.model.encode_text
     features = []
     for i in range(0, len(texts), run.args.batch_size):
-        part = texts[i : i + run.args.batch_size]
-        reports = data.tokenize(run.tokenizer, part, run.args.max_length) if not as_prompts else None
-        tokens = data.to_device(reports or run.prompt_tokens(part), run.device)
+        tokens = data.to_device(tokens_of(texts[i : i + run.args.batch_size]), run.device)
         with run.autocast():
             features.append(encode_part(*tokens))
     return finite_features(features)
@@ -590,17 +577,17 @@ def read_prompts(source, findings):
     sides = {"positive": {}, "negative": {}}
     try:
         for name, each in json.loads(Path(source).read_text(encoding="utf-8")).items():
-            for side, texts in ({"positive": each} if isinstance(each, list) else each).items():
+            for side, texts in (each if isinstance(each, dict) else {"positive": each}).items():
                 if not texts or not isinstance(texts, list) or not all(text.encode() for text in texts):
                     raise ValueError(f"{name!r} has no list of texts")
                 sides[side][name] = texts
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         form = '{finding: [text, ...]} or {finding: {"positive": [...], "negative": [...]}}'
         raise BadInput(f"{source} is no prompt set ({error}); it needs {form}") from error
-    for name in findings:
-        if name not in sides["positive"]:
-            known = ", ".join(sides["positive"])
-            raise BadInput(f"{source} has no prompt for {name!r}; it has {known}, see --classes")
+    missing = [name for name in findings if name not in sides["positive"]]
+    if missing:
+        known = ", ".join(sides["positive"])
+        raise BadInput(f"{source} has no prompt for {missing[0]!r}; it has {known}, see --classes")
     return tuple({name: side[name] for name in findings if name in side} for side in sides.values())
 
 
@@ -628,6 +615,8 @@ def chosen_classes(encoded, classes):
     if unknown:
         known = ", ".join(encoded.findings) or "no label at all"
         raise BadInput(f"no image of this data has {unknown[0]!r}; it has {known}")
+    if not classes:
+        raise Lacking("this needs labels, and these data have none")
     columns = [encoded.findings.index(name) for name in classes]
     return classes, encoded.present[:, columns], encoded.absent[:, columns]
 
@@ -657,28 +646,29 @@ class Scored(NamedTuple):
 
 
 def zero_shot(run, encoded, *, prompt_set=None, combine="mean-embedding", classes=None, others=None):
-    """Classification by label prompts (paper) -> {metric: Measure}.
+    """Classification by label prompts (paper) -> {metric: Measure}; see classification and at_thresholds.
 
-    Accuracy and balanced accuracy over the images with exactly one of the classes, by the highest score.
-    AUROC of each finding over the images in which it is known to be present or absent, by its score; "pair
-    AUROC" by its score less that of the prompts of its absence (family: CheXzero, whose softmax over the two
-    gives the same ranking); "absence AUROC" of absence, by the prompts of absence alone. See at_thresholds.
+    "pair AUROC" is by a finding's score less that of the prompts of its absence (family: CheXzero, whose
+    softmax over the two gives the same ranking), "absence AUROC" of absence, by the prompts of absence alone.
 
     prompt_set: see read_prompts; None is the template of training. combine: see COMBINE.
     classes: names; None takes all findings of the records.
     others: split -> Encoded of its labelled images of patients not evaluated; None leaves thresholds out.
     """
     classes, present, absent = chosen_classes(encoded, classes)
-    if not classes:
-        raise Lacking("zero-shot needs labels, and these data have none")
     positive, negative = read_prompts(prompt_set or run.args.template, classes)
     texts = encode_findings(run, positive)
-    scores = combined(encoded.image_features, texts, combine)
-    scored = Scored(classes, scores, present, absent, encoded.patients)
-    measures = classification(scored)
+
+    def scored(images, present, absent):
+        return Scored(
+            classes, combined(images.image_features, texts, combine), present, absent, images.patients
+        )
+
+    found = scored(encoded, present, absent)
+    measures = classification(found)
     if negative:
+        some = found.of(negative)
         of_absence = combined(encoded.image_features, encode_findings(run, negative), combine)
-        some = scored.of(negative)
         pair = some._replace(scores=some.scores - of_absence)
         swapped = some._replace(scores=of_absence, present=some.absent, absent=some.present)
         measures |= by_finding("pair AUROC", auroc, pair) | by_finding("absence AUROC", auroc, swapped)
@@ -688,8 +678,7 @@ def zero_shot(run, encoded, *, prompt_set=None, combine="mean-embedding", classe
         try:
             valid = others("valid")
             labels = (each.numpy() for each in data.label_matrices(valid.records, classes))
-            scores = combined(valid.image_features, texts, combine)
-            measures |= at_thresholds(scored, Scored(classes, scores, *labels, valid.patients))
+            measures |= at_thresholds(found, scored(valid, *labels))
         except BadInput as error:
             say(f"note: F1, MCC and binary accuracy are left out, for want of a threshold: {error}")
     return measures
@@ -718,7 +707,7 @@ def by_finding(kind, metric, scored, chance=lambda labels: 0.5):
 
 
 def classification(scored):
-    """Accuracies over the images with exactly one finding, AUROCs and mAP of a Scored -> Measures."""
+    """Accuracies over the images with exactly one finding, AUROCs and mAP -> Measures."""
     measures, names = {}, scored.names
     single = scored.present.sum(1) == 1
     if single.any() and len(names) > 1:
@@ -726,9 +715,9 @@ def classification(scored):
         told = baselines(scored.present[single]) | {"patients": scored.patients[single]}
         measures["accuracy"] = Measure(np.mean, (predicted == true,), **told)
         pairs = Counter(zip(true.tolist(), predicted.tolist(), strict=True))
-        confusion = {
+        confusion = {  # {true class: {predicted class: images}}
             name: {other: pairs[i, j] for j, other in enumerate(names)} for i, name in enumerate(names)
-        }  # {true class: {predicted class: images}}
+        }
         told |= {"constant": 1 / len(np.unique(true)), "counts": {"confusion": confusion}}
         measures["balanced accuracy"] = Measure(balanced_accuracy, (predicted, true), **told)
     measures |= by_finding("AUROC", auroc, scored)
@@ -820,18 +809,13 @@ def retrieved(images, texts, by_class):
 
 
 def retrieval(run, encoded, *, sentences=None, training=None):
-    """Images and texts, both ways.
+    """Images and texts, both ways -> {"i2t_P@1": Measure, ...}.
 
     P@K (class level, paper) over the reports with known findings; R@K and median rank (instance level) over
     all reports: a text that several images have is one candidate; as a query, it looks for any of them.
 
-    Args:
-        sentences: so many sentences of each finding in place of the reports, see class_sentences; the images
-            are those with exactly one finding, and there is no instance level.
-        training: function -> records whose reports have the sentences.
-
-    Returns:
-        {"i2t_P@1": Measure, ...}
+    sentences: so many of each finding, see class_sentences, in place of the reports; the images are those
+    with exactly one finding, and there is no instance level. training: () -> records with their reports.
     """
     images, patients = torch.as_tensor(encoded.image_features), encoded.patients
     if sentences:
@@ -851,9 +835,8 @@ def retrieval(run, encoded, *, sentences=None, training=None):
     texts = torch.as_tensor(encoded.report_features[first])
     known = labels.any(1)
     if known.any():  # copies of a text have one and the same feature, so they tie
-        sides = (
-            Side(each[known], *label_sets(labels[known]), patients[known]) for each in (images, texts[text])
-        )
+        (sets,) = label_sets(labels[known])
+        sides = (Side(each[known], sets, patients[known]) for each in (images, texts[text]))
         measures |= retrieved(*sides, by_class=True)
     sides = Side(images, torch.tensor(text), patients), Side(texts, torch.arange(len(texts)), patients[first])
     return measures | retrieved(*sides, by_class=False)
@@ -921,7 +904,7 @@ def logistic_regression(features, present, absent, penalty, steps=100):
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
-def probe_scores(train, labels, valid, valid_labels, test):
+def probe_scores(train, valid, test, labels, valid_labels):
     """(N, C) scores of the test rows by the regression whose penalty is best on the validation rows.
 
     train, valid, test: (rows, F) float32. labels: present and absent, (rows, C) bool tensors each.
@@ -938,15 +921,13 @@ def probe_scores(train, labels, valid, valid_labels, test):
 
 
 def linear_probe(run, encoded, *, others, fractions=(1, 10, 100), repeats=5):
-    """A linear classifier on the frozen image tower, trained on shares of the training patients.
+    """A linear classifier on the frozen image tower's features, trained on shares of the training patients.
 
-    Features before the projection, standardised by the training records; one logistic regression for each
-    finding of the evaluated records, its penalty (out of PENALTIES) chosen by the mean AUROC on the
-    validation split.
+    The features are standardised by the training records. The penalty of each classifier, out of PENALTIES,
+    is chosen by the mean AUROC on the validation split.
 
-    Args:
-        others: split -> Encoded of its labelled images of patients that are not evaluated.
-        fractions: percent of the training patients. repeats: draws of each fraction but 100.
+    others: split -> Encoded of its labelled images of patients that are not evaluated.
+    fractions: percent of the training patients. repeats: draws of each fraction but 100.
     """
     train, valid = others("train"), others("valid")
     labels, valid_labels = (data.label_matrices(each.records, encoded.findings) for each in (train, valid))
@@ -957,9 +938,8 @@ def linear_probe(run, encoded, *, others, fractions=(1, 10, 100), repeats=5):
     for percent, n in progress(draws, "linear probe", unit="classifier"):
         rows = drawn_by_patient(train.records, percent, n)
         of_rows = [each[rows] for each in labels]
-        scores[percent].append(
-            probe_scores(train.pooled[rows], of_rows, valid.pooled, valid_labels, encoded.pooled)
-        )
+        features = train.pooled[rows], valid.pooled, encoded.pooled
+        scores[percent].append(probe_scores(*features, of_rows, valid_labels))
     return transfer(encoded, scores)
 
 
@@ -992,9 +972,9 @@ def prompt_sensitivity(run, encoded, *, classes=None):
 def prompt_words(run, encoded):
     """What the continuous prompt learned, and whether it brings label prompts nearer to the reports.
 
-    Distance between the centre of the label prompts (one for each finding that a report has alone) and the
-    centre of these reports, and the mean cosine of a report with the prompt of its finding and with the
-    others', each with the vectors and without. Norm of the vectors; they start with 0.02 √dim.
+    Of the reports with exactly one finding, and one prompt for each of their findings, with the vectors and
+    without: distance of the two centres, and mean cosine of a report with the prompt of its finding and with
+    the others'. Norm of the vectors; they start with 0.02 √dim.
     """
     labels = encoded.present[encoded.report_rows]
     single = labels.sum(1) == 1
@@ -1013,10 +993,12 @@ def prompt_words(run, encoded):
         cosine = reports @ features.T
         own = cosine[labels]
         others = (cosine.sum(1) - own) / max(1, len(texts) - 1)
-        distance = Measure(partial(gap, features.mean(0)), (reports,), patients=patients)
-        measures[f"distance to the reports, {way}"] = distance
-        measures[f"cosine with the own reports, {way}"] = Measure(np.mean, (own,), patients=patients)
-        measures[f"cosine with other reports, {way}"] = Measure(np.mean, (others,), patients=patients)
+        for name, metric, rows in (
+            ("distance to the reports", partial(gap, features.mean(0)), reports),
+            ("cosine with the own reports", np.mean, own),
+            ("cosine with other reports", np.mean, others),
+        ):
+            measures[f"{name}, {way}"] = Measure(metric, (rows,), patients=patients)
     if run.model.prompt is not None:
         norms = run.model.prompt.context.detach().float().norm(dim=1).cpu().numpy()
         measures["norm of the vectors"] = Measure(np.mean, (norms,))
@@ -1042,20 +1024,20 @@ def false_negatives(run, encoded, *, pairs_of=2000):
     others, patients = ~np.eye(len(rows), dtype=bool), encoded.patients[of_images]
     equal, subset, real = equal & others, subset & ~equal & others, ~subset & ~equal & others
     pairs_in_batch, measures = run.args.batch_size * (run.args.batch_size - 1), {}
+
+    def measure(name, values, rows, chance=None):
+        if len(rows):
+            measures[name] = Measure(np.mean, (np.array(values),), chance, patients=patients[rows])
+
     for kind, pairs in (("equal", equal), ("subset", subset), ("other", real)):
         expected = pairs.sum(1) / (len(rows) - 1) * pairs_in_batch
-        name = f"{kind}: pairs, of {pairs_in_batch} in a batch"
-        measures[name] = Measure(np.mean, (expected,), patients=patients)
+        measure(f"{kind}: pairs, of {pairs_in_batch} in a batch", expected, np.arange(len(rows)))
         having = np.flatnonzero(pairs.any(1))
-        if len(having):
-            cosine = np.array([similarity[i, pairs[i]].mean() for i in having])
-            measures[f"{kind}: cosine"] = Measure(np.mean, (cosine,), patients=patients[having])
-        both = having[real[having].any(1)]
-        if kind != "other" and len(both):
-            known = pairs | real
-            nearer = np.array([auroc(similarity[i, known[i]], pairs[i, known[i]]) for i in both])
-            told = {"chance": 0.5, "patients": patients[both]}
-            measures[f"{kind}: AUROC against other"] = Measure(np.mean, (nearer,), **told)
+        measure(f"{kind}: cosine", [similarity[i, pairs[i]].mean() for i in having], having)
+        if kind != "other":
+            both, known = having[real[having].any(1)], pairs | real
+            nearer = [auroc(similarity[i, known[i]], pairs[i, known[i]]) for i in both]
+            measure(f"{kind}: AUROC against other", nearer, both, chance=0.5)
     return measures
 
 
