@@ -81,12 +81,10 @@ def shares_at_k(similarity, query_sets, candidate_sets, ks):
 
 
 def precision_at_k(similarity, query_labels, candidate_labels, ks=(1, 2, 5, 10)):
-    """Class-level Precision@K: P@K = mean over queries of (relevant candidates among the K nearest) / K.
+    """Class-level Precision@K: the mean of shares_at_k over the queries (family: GLoRIA).
 
-    A candidate is relevant when its findings equal the query's; without findings it is never relevant. Ties
-    count against the query. The query's own text stays among the candidates (family: GLoRIA).
-
-    (Q, K) float, larger is nearer, (Q, C) bool, (K, C) bool -> {k: float in 0 ... 1}
+    A candidate is relevant when its findings equal the query's, never without findings. The query's own text
+    stays among the candidates. (Q, K) float, larger is nearer, (Q, C) bool, (K, C) bool -> {k: float}
     """
     shares = shares_at_k(similarity, *label_sets(query_labels, candidate_labels), ks)
     return dict(zip(ks, shares.mean(0).tolist(), strict=True))
@@ -106,8 +104,7 @@ def partner_rank(similarity, query_ids, candidate_ids):
 def recall_at_k(similarity, ks=(1, 5, 10)):
     """Instance-level Recall@K: the share of queries whose own partner is among their K nearest.
 
-    (N, N) float, row i belongs to column i -> {k: float in 0 ... 1}. Ties count against the query. Copies of
-    a text would be wrong answers to each other: see partner_rank.
+    (N, N) float, row i belongs to column i -> {k: float}. Copies of a text are wrong answers to each other.
     """
     ids = torch.arange(len(similarity))
     rank = partner_rank(similarity, ids, ids)
@@ -117,7 +114,7 @@ def recall_at_k(similarity, ks=(1, 5, 10)):
 def in_chunks(function, queries, candidates, of_query, cells=2**22):
     """function(similarity, of_query) of a few queries at a time, joined: (Q, D), (K, D), (Q,).
 
-    A chunk of the (Q, K) similarities has at most `cells` numbers, so memory does not grow with Q · K.
+    A chunk has at most `cells` similarities, so memory does not grow with Q · K.
     """
     rows = max(1, cells // len(candidates))
     chunks = zip(queries.split(rows), of_query.split(rows), strict=True)
@@ -125,10 +122,7 @@ def in_chunks(function, queries, candidates, of_query, cells=2**22):
 
 
 def auroc(scores, labels):
-    """Probability that a positive scores higher than a negative; ties count half, nan without a class.
-
-    (N,) float, (N,) bool -> float in 0 ... 1
-    """
+    """Probability that a positive, (N,) bool, scores higher than a negative; ties count half, nan without."""
     scores, labels = np.asarray(scores), np.asarray(labels, dtype=bool)
     positive, negative = scores[labels], np.sort(scores[~labels])
     if len(positive) == 0 or len(negative) == 0:
@@ -881,8 +875,8 @@ def transfer(encoded, scores):
 def logistic_regression(features, present, absent, penalty, steps=100):
     """One regression for each finding over the rows where it is known, by L-BFGS.
 
-    (N, F) float32, two (N, C) bool, factor of half the squared weights -> (F + 1, C) float32; the intercept,
-    which has no penalty, is the last row.
+    (N, F) float32, two (N, C) bool -> (F + 1, C) float32; the last row is the intercept, without a penalty.
+    penalty: factor of half the squared weights.
     """
     features = torch.cat([features, torch.ones(len(features), 1)], dim=1)
     weight = torch.zeros(features.shape[1], present.shape[1], requires_grad=True)
@@ -901,9 +895,6 @@ def logistic_regression(features, present, absent, penalty, steps=100):
     return weight.detach()
 
 
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-
-
 def probe_scores(train, valid, test, labels, valid_labels):
     """(N, C) scores of the test rows by the regression whose penalty is best on the validation rows.
 
@@ -916,15 +907,16 @@ def probe_scores(train, valid, test, labels, valid_labels):
     def fit(weight):
         return mean_auroc((valid @ weight[:-1]).numpy(), present, present | absent)
 
-    weight = max((logistic_regression(train, *labels, penalty) for penalty in PENALTIES), key=fit)
+    penalties = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    weight = max((logistic_regression(train, *labels, penalty) for penalty in penalties), key=fit)
     return (test @ weight[:-1] + weight[-1]).numpy()
 
 
 def linear_probe(run, encoded, *, others, fractions=(1, 10, 100), repeats=5):
     """A linear classifier on the frozen image tower's features, trained on shares of the training patients.
 
-    The features are standardised by the training records. The penalty of each classifier, out of PENALTIES,
-    is chosen by the mean AUROC on the validation split.
+    The features are standardised by the training records. The penalty of each classifier
+    is chosen by the mean AUROC on the validation split, see probe_scores.
 
     others: split -> Encoded of its labelled images of patients that are not evaluated.
     fractions: percent of the training patients. repeats: draws of each fraction but 100.
@@ -946,9 +938,9 @@ def linear_probe(run, encoded, *, others, fractions=(1, 10, 100), repeats=5):
 def prompt_sensitivity(run, encoded, *, classes=None):
     """How much the wording of the prompts changes zero-shot classification (the paper's motivation).
 
-    The accuracy of each variant of prompts.variants, one prompt a class, over the images with exactly one of
-    the classes; then mean, spread (standard deviation) and worst over the variants. "negated" prompts say the
-    opposite and stay out of these three: a model that understands "no" is below chance with them.
+    The accuracy of each of prompts.variants over the images with exactly one of the classes, and their mean,
+    spread (standard deviation) and worst. "negated" prompts say the opposite and stay out of these three: a
+    model that understands "no" is below chance with them.
     """
     classes, present, _ = chosen_classes(encoded, classes)
     single = present.sum(1) == 1
@@ -1011,8 +1003,8 @@ def false_negatives(run, encoded, *, pairs_of=2000):
     Pairs of an image and another image's report, both with known findings, among at most `pairs_of` records.
     "equal": the same findings, a disease among them; the mask removes these. "subset": the report's findings
     are some of the image's; the rule of label prompts would remove these, too. "other": real negatives.
-    For each kind the number in a random batch of the run's size, the mean cosine, and the probability that
-    such a text is nearer to the image than a real negative; the last two are means over images.
+    Of each kind: the number in a random batch; over images, the mean cosine and the probability that such a
+    text is nearer than a real negative.
     """
     rows = np.flatnonzero(encoded.present[encoded.report_rows].any(1))
     if len(rows) < 2:
@@ -1137,11 +1129,7 @@ def gallery(run, encoded, path, rows=4, columns=3, side=224):
 def similarity_maps(run, records, text_features):
     """The cosine of each cell of the last Swin map with a text, the cell projected as an image is.
 
-    Args:
-        records: N. text_features: (N, D) float32, unit length, one text for each record.
-
-    Returns:
-        (N, S, S) float32 in -1 ... 1
+    N records, (N, D) float32, one text for each record -> (N, S, S) float32
     """
     run.model.eval()
     maps, texts = [], torch.as_tensor(text_features)
@@ -1442,9 +1430,7 @@ def seeds_compared(first, group):
 def print_comparison(paths, runs, results, all_metrics):
     """Groups of runs that differ in the seed alone, side by side, and each group's difference to the first.
 
-    Groups of one run: paired differences, with intervals over the test set. Groups of several seeds: mean and
-    interval over the seeds, for the differences as well, which are between runs of the same seed.
-
+    Intervals of single runs are over the test set, those of several seeds over the seeds.
     results: [{task: {metric: Measure}} of each run]
     """
     groups = groups_by_flags(runs)
