@@ -1544,16 +1544,14 @@ def evaluate(args, written):
     """Does what the options ask for. `written` gets the names of the files, as keys."""
     torch.set_num_threads(args.threads)
     paths = [run_file(path) for path in args.compare or [args.checkpoint or newest_checkpoint()]]
-    endings = {args.features: ".npz", args.gallery: ".png", args.heatmap: ".png"}
-    if args.images:
-        endings[args.out] = ".csv"
+    files = {args.features: ".npz", args.gallery: ".png", args.heatmap: ".png"}
+    if args.images or args.out:
+        files[args.out] = ".csv" if args.images else ".json"
     else:
-        endings |= {
-            file: ".json" for file in ([args.out] if args.out else [p.parent / "results.json" for p in paths])
-        }
-    for file, ending in endings.items():
-        if file:
-            check_output(file, ending)
+        files |= dict.fromkeys((path.parent / "results.json" for path in paths), ".json")
+    files.pop(None, None)
+    for file, ending in files.items():
+        check_output(file, ending)
     runs = [load_run(path) for path in paths]
     for run in runs:
         run.args.device = args.device
@@ -1562,7 +1560,7 @@ def evaluate(args, written):
         score_images(args, runs[0])
     else:
         evaluate_runs(args, paths, runs, written)
-    written |= dict.fromkeys(file for file in (args.features, args.gallery, args.heatmap, args.out) if file)
+    written |= dict.fromkeys(map(str, files))
     if written:
         say(f"\nwritten: {', '.join(written)}")
 

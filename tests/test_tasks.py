@@ -16,11 +16,6 @@ from data import BadInput, Record
 from evaluate import combined, drawn_by_patient, encode_findings, logistic_regression
 
 
-@pytest.fixture(scope="module")
-def run(tiny_run):
-    return evaluate.load_run(tiny_run / "best.pt")
-
-
 def records_of(*labels, absent=None, findings="ABC", report="Report {}."):
     """One record, with a patient of its own, for each text of its findings: "AB" has A and B."""
     absent = absent or ["".join(set(findings) - set(each)) for each in labels]
