@@ -760,14 +760,6 @@ def class_sentences(records, findings, count, seed=0):
     return texts, np.eye(len(findings), dtype=bool).repeat(count, 0)
 
 
-class Side(NamedTuple):
-    """The images or the texts of a retrieval. A candidate is right where its key is the query's."""
-
-    features: torch.Tensor  # (N, D) float32, unit length
-    keys: torch.Tensor  # (N,) int64, each key is on both sides
-    patients: np.ndarray = None  # (N,) int, whose it is
-
-
 def hit_chance(right, count, k):
     """Chance that k blind draws from `count` candidates have a right one: (Q,) numbers of these -> float."""
     missed = np.prod([np.maximum(count - right - i, 0) / (count - i) for i in range(k)], axis=0)
@@ -775,29 +767,34 @@ def hit_chance(right, count, k):
 
 
 def retrieved(images, texts, by_class):
-    """P@K and Hit@K, or R@K and median rank, both ways, of two Sides -> Measures.
+    """P@K and Hit@K, or R@K and median rank, both ways -> Measures.
 
+    images, texts: (N, D) features, (N,) int64 keys, (N,) patients each; patients of texts may be None. A
+    candidate is right where its key is the query's; each key is on both sides.
     i2t has images as queries and texts as candidates, t2i the reverse. K beyond the candidates is left out.
     """
     measures = {}
-    for way, queries, candidates in (("i2t", images, texts), ("t2i", texts, images)):
-        count = len(candidates.keys)
-        right = torch.bincount(candidates.keys, minlength=int(queries.keys.max()) + 1)[queries.keys].numpy()
+    for way, (queries, keys, patients), (candidates, of_candidates, _) in (
+        ("i2t", images, texts),
+        ("t2i", texts, images),
+    ):
+        count = len(candidates)
+        right = torch.bincount(of_candidates, minlength=int(keys.max()) + 1)[keys].numpy()
         ks = [k for k in ((1, 2, 5, 10) if by_class else (1, 5, 10)) if k <= count]
         if by_class:
-            ranked = partial(shares_at_k, candidate_sets=candidates.keys, ks=ks)
-            shares = in_chunks(ranked, queries.features, candidates.features, queries.keys).numpy().T
+            ranked = partial(shares_at_k, candidate_sets=of_candidates, ks=ks)
+            shares = in_chunks(ranked, queries, candidates, keys).numpy().T
             found = {f"P@{k}": (share, right.mean() / count) for k, share in zip(ks, shares, strict=True)}
             for k, share in zip(ks[1:], shares[1:], strict=True):  # Hit@1 is P@1
                 found[f"Hit@{k}"] = share > 0, hit_chance(right, count, k)
         else:
-            ranked = partial(partner_rank, candidate_ids=candidates.keys)
-            rank = in_chunks(ranked, queries.features, candidates.features, queries.keys).numpy()
+            ranked = partial(partner_rank, candidate_ids=of_candidates)
+            rank = in_chunks(ranked, queries, candidates, keys).numpy()
             found = {f"R@{k}": (rank < k, hit_chance(right, count, k)) for k in ks}
             found["median rank"] = rank + 1, ((count - right) / (right + 1)).mean() + 1
+        told = {"patients": patients, "counts": {"candidates": count}}
         for name, (of_queries, chance) in found.items():
             metric = np.median if name == "median rank" else np.mean
-            told = {"patients": queries.patients, "counts": {"candidates": count}}
             measures[f"{way}_{name}"] = Measure(metric, (of_queries,), chance, **told)
     return measures
 
@@ -818,8 +815,8 @@ def retrieval(run, encoded, *, sentences=None, training=None):
             raise Lacking("sentences need images with exactly one finding, and these data have none")
         texts, text_labels = class_sentences(training(), encoded.findings, sentences)
         image_sets, text_sets = label_sets(encoded.present[single], text_labels)
-        texts = Side(torch.as_tensor(encode_texts(run, texts)), text_sets)
-        return retrieved(Side(images[single], image_sets, patients[single]), texts, by_class=True)
+        texts = torch.as_tensor(encode_texts(run, texts)), text_sets, None
+        return retrieved((images[single], image_sets, patients[single]), texts, by_class=True)
     if not len(encoded.report_features):
         raise Lacking("retrieval needs reports, and these data have none")
     rows = encoded.report_rows
@@ -830,10 +827,10 @@ def retrieval(run, encoded, *, sentences=None, training=None):
     known = labels.any(1)
     if known.any():  # copies of a text have one and the same feature, so they tie
         (sets,) = label_sets(labels[known])
-        sides = (Side(each[known], sets, patients[known]) for each in (images, texts[text]))
+        sides = ((each[known], sets, patients[known]) for each in (images, texts[text]))
         measures |= retrieved(*sides, by_class=True)
-    sides = Side(images, torch.tensor(text), patients), Side(texts, torch.arange(len(texts)), patients[first])
-    return measures | retrieved(*sides, by_class=False)
+    texts = texts, torch.arange(len(texts)), patients[first]
+    return measures | retrieved((images, torch.tensor(text), patients), texts, by_class=False)
 
 
 def drawn_by_patient(records, percent, seed):

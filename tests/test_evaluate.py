@@ -199,15 +199,11 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_distribution():
     assert high - low == pytest.approx(width, rel=0.1)  # percentiles of 1000 draws scatter by some 4 %
 
 
-def test_same_seed_same_interval():
+def test_an_interval_is_a_function_of_its_seed_and_leaves_out_draws_without_a_class():
     values = np.random.default_rng(0).random(50)
     one, same, other = (bootstrap_ci(np.mean, values, seed=seed) for seed in (3, 3, 4))
     assert one == same != other
-
-
-def test_draws_in_which_a_class_is_absent_are_left_out_of_the_interval():
-    low, high = bootstrap_ci(auroc, np.array([0.0, 1.0, 2.0]), np.array([False, False, True]))
-    assert (low, high) == (1, 1)
+    assert bootstrap_ci(auroc, np.array([0.0, 1, 2]), np.array([False, False, True])) == (1, 1)
 
 
 LABELS = np.arange(150) % 3 == 0
@@ -251,16 +247,13 @@ def test_the_interval_of_a_difference_is_paired_and_drawn_by_patient():
     assert found[1:] == pytest.approx(bootstrap_ci(np.mean, other - one, patients=np.arange(80) // 4))
 
 
-def test_each_run_is_measured_by_its_own_metric():
-    """The distance to its own prompts, say."""
+def test_a_difference_is_by_the_metric_of_each_run_and_has_no_interval_of_other_rows():
+    """The distance to its own prompts, say; the vectors of two lengths of prompts."""
     values = (np.arange(10.0),)
     one, other = (Measure(lambda v, centre=centre: v.mean() - centre, values) for centre in (0, 3))
     assert evaluate.difference(one, other) == pytest.approx((-3, -3, -3))
-
-
-def test_prompts_of_two_lengths_have_a_difference_and_no_interval():
-    value, low, high = evaluate.difference(*measures(np.arange(4), np.arange(8)))
-    assert value == 2 and math.isnan(low) and math.isnan(high)
+    value, *bounds = evaluate.difference(*measures(np.arange(4), np.arange(8)))
+    assert value == 2 and np.isnan(bounds).all()
 
 
 def test_trained_classifiers_are_drawn_for_the_interval():
@@ -293,15 +286,11 @@ def test_features_of_reports_belong_to_their_records_and_have_no_vectors(run):
     assert alike(encoded.report_features, alone)
 
 
-def test_unreadable_images_are_refused(run, tmp_path):
-    bad = Record(tmp_path / "bad.png", None, frozenset("A"), "1", "test")
-    with pytest.raises(data.BadInput, match="bad.png"):
-        encode(run, [bad])
-
-
 @pytest.mark.parametrize("part", ["image_projection", "text_projection"])
-def test_features_that_are_not_finite_are_refused(tiny_run, part):
+def test_features_that_are_not_finite_and_unreadable_images_are_refused(tiny_run, tmp_path, part):
     run = evaluate.load_run(tiny_run)
+    with pytest.raises(BadInput, match="bad.png"):
+        encode(run, [Record(tmp_path / "bad.png", None, frozenset("A"), "1", "test")])
     getattr(run.model, part).weight.data[0, 0] = NAN
     with pytest.raises(BadInput, match="the model is broken"):
         encode(run, data.load_records(["phantom=16"], "test", 3))
@@ -797,10 +786,12 @@ def test_patterns_name_images_and_each_counts_once(score, scans):
 
 
 @pytest.mark.parametrize("name", ["nowhere/*.png", "empty"])
-def test_no_image_is_one_sentence(tiny_run, tmp_path, capsys, name):
+def test_no_image_is_one_sentence(tiny_run, run, tmp_path, capsys, name):
     (tmp_path / "empty").mkdir()
     assert evaluate.main(["--checkpoint", str(tiny_run), "--images", str(tmp_path / name)]) == 2
-    assert "has no image" in capsys.readouterr().err
+    assert "has no image" in refusal(capsys)
+    with pytest.raises(BadInput, match="uint8"):
+        evaluate.encode_images(run, [np.zeros((3, 8, 8))])
 
 
 @pytest.mark.parametrize("depth", [np.uint8, np.uint16])
@@ -811,11 +802,6 @@ def test_paths_pictures_and_arrays_of_an_image_have_the_same_features(run, tmp_p
     with Image.open(path) as picture:
         features = evaluate.encode_images(run, [path, picture, grey])
     assert np.array_equal(features[0], features[1]) and np.array_equal(features[0], features[2])
-
-
-def test_an_array_of_another_kind_is_no_image(run):
-    with pytest.raises(BadInput, match="uint8"):
-        evaluate.encode_images(run, [np.zeros((3, 8, 8))])
 
 
 def test_features_are_written_with_the_ids_of_their_images(run, assess, tmp_path):

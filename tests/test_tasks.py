@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -168,34 +169,24 @@ def test_without_labels_to_choose_a_threshold_by_a_note_says_so(classify, capsys
 # ------------------------------------------------------------------------------------------ prompts of a file
 
 
-@pytest.fixture
-def prompt_file(tmp_path):
-    """Writes a prompt set -> its path."""
-
-    def write(content):
-        path = tmp_path / "prompts.json"
-        path.write_text(content)
-        return str(path)
-
-    return write
-
-
-def test_a_file_of_prompts_with_and_without_negatives(prompt_file):
-    source = prompt_file('{"A": ["a", "an a"], "B": {"positive": ["b"], "negative": ["no b"]}, "C": ["c"]}')
-    assert evaluate.read_prompts(source, ["B", "A"]) == ({"B": ["b"], "A": ["a", "an a"]}, {"B": ["no b"]})
+def test_a_file_of_prompts_with_and_without_negatives(tmp_path):
+    source = tmp_path / "prompts.json"
+    source.write_text('{"A": ["a", "an a"], "B": {"positive": ["b"], "negative": ["no b"]}, "C": ["c"]}')
+    read = partial(evaluate.read_prompts, str(source))
+    assert read(["B", "A"]) == ({"B": ["b"], "A": ["a", "an a"]}, {"B": ["no b"]})
     with pytest.raises(BadInput, match="no prompt for 'Gout'; it has A, B, C"):
-        evaluate.read_prompts(source, ["A", "Gout"])
+        read(["A", "Gout"])
 
 
 NO_PROMPTS = ["", "[]", '{"A": "a"}', '{"A": []}', '{"A": [1]}', '{"A": {"both": ["a"]}}', '{"A": null}']
+NO_PROMPTS += ['{"A": {"positive": "a"}}', "[" * 9999, '{"A": ["\\ud800"]}']
 
 
-@pytest.mark.parametrize(
-    "content", [*NO_PROMPTS, '{"A": {"positive": "a"}}', "[" * 9999, '{"A": ["\\ud800"]}']
-)
-def test_what_is_no_prompt_set_is_refused(prompt_file, content):
+@pytest.mark.parametrize("content", NO_PROMPTS)
+def test_what_is_no_prompt_set_is_refused(tmp_path, content):
+    (tmp_path / "prompts.json").write_text(content)
     with pytest.raises(BadInput, match="prompts.json"):
-        evaluate.read_prompts(prompt_file(content), ["A"])
+        evaluate.read_prompts(str(tmp_path / "prompts.json"), ["A"])
 
 
 # ------------------------------------------------------------------------------------------------ retrieval
@@ -220,29 +211,22 @@ def test_text_to_image_is_image_to_text_with_the_sides_swapped(run):
         assert evaluate.entry_of(one[f"t2i_{metric}"]) == evaluate.entry_of(other[f"i2t_{metric}"])
 
 
-def test_pairs_without_findings_count_for_recall_alone(run):
-    found = evaluate.retrieval(run, hand_made(np.eye(3), ["A", "", "B"]))
-    assert len(found["i2t_P@1"].arrays[0]) == 2 and len(found["i2t_R@1"].arrays[0]) == 3
-
-
-def test_chance_of_retrieval_is_that_of_a_blind_draw(run):
+def test_chance_is_that_of_a_blind_draw_and_pairs_without_findings_count_for_recall_alone(run):
     found = evaluate.retrieval(run, hand_made(np.eye(6), "AAAABB"))
     assert found["i2t_P@1"].chance == found["i2t_P@5"].chance == (4 * 4 + 2 * 2) / 6**2
     assert found["i2t_R@1"].chance == pytest.approx(1 / 6)
     assert found["i2t_R@5"].chance == pytest.approx(5 / 6)
     assert found["i2t_median rank"].value == 1 and found["i2t_median rank"].chance == 3.5
-
-
-def with_reports(encoded, *reports):
-    """The same records with these reports."""
-    pairs = zip(encoded.records, reports, strict=True)
-    return encoded._replace(records=[replace(record, report=report) for record, report in pairs])
+    found = evaluate.retrieval(run, hand_made(np.eye(3), ["A", "", "B"]))
+    assert len(found["i2t_P@1"].arrays[0]) == 2 and len(found["i2t_R@1"].arrays[0]) == 3
 
 
 def test_a_text_that_stands_twice_is_one_candidate_and_one_query(run):
     """It is right for both of its images, and looks for any of them."""
     encoded = hand_made(np.eye(3), "AAB", np.eye(3)[[0, 0, 2]])
-    found = evaluate.retrieval(run, with_reports(encoded, "Normal.", "Normal. ", "Edema."))
+    pairs = zip(encoded.records, ("Normal.", "Normal. ", "Edema."), strict=True)
+    records = [replace(record, report=report) for record, report in pairs]
+    found = evaluate.retrieval(run, encoded._replace(records=records))
     one, other = found["i2t_R@1"], found["t2i_R@1"]
     assert one.counts["candidates"] == 2 and len(one.arrays[0]) == 3
     assert one.value == 2 / 3  # the second image is as near to both texts
@@ -250,16 +234,13 @@ def test_a_text_that_stands_twice_is_one_candidate_and_one_query(run):
     assert other.chance == pytest.approx((2 / 3 + 1 / 3) / 2)
 
 
-def test_sentences_of_a_finding_are_those_of_its_reports_alone():
+def test_sentences_of_a_finding_are_those_of_its_reports_alone_drawn_by_the_seed():
     reports = "Big heart. Bones intact.", "Wet lungs! Bones intact.", "Air.", None
     records = [
         replace(r, report=text) for r, text in zip(records_of("A", "B", "AB", "A"), reports, strict=True)
     ]
     texts, labels = evaluate.class_sentences(records, ["A", "B"], 1)
     assert texts == ["Big heart.", "Wet lungs!"] and labels.tolist() == [[True, False], [False, True]]
-
-
-def test_same_seed_same_sentences():
     records = data.load_records(["phantom=16"], "test", 100)
     one, same, other = (evaluate.class_sentences(records, ["Edema"], 5, seed)[0] for seed in (0, 0, 1))
     assert one == same != other
@@ -320,26 +301,21 @@ def test_transfer_is_the_mean_over_the_training_draws_and_its_interval_draws_the
     assert (entry["low"], entry["high"]) == (0, 1)
     worse = accuracy._replace(arrays=(np.zeros_like(accuracy.arrays[0]),))
     assert evaluate.difference(worse, accuracy) == (0.5, 0, 1)
+    several = hand_made(np.eye(3), ["AB", "B", "C"])  # findings an image: there is no accuracy
+    assert evaluate.transfer(several, {10: [np.eye(3)]}).keys() == {"10 % AUROC mean"}
 
 
-def test_transfer_of_several_findings_an_image_is_by_auroc():
-    encoded = hand_made(np.eye(3), ["AB", "B", "C"])
-    assert evaluate.transfer(encoded, {10: [np.eye(3)]}).keys() == {"10 % AUROC mean"}
-
-
-def test_a_linear_probe_reads_what_the_features_hold(run):
+def test_a_linear_probe_reads_what_the_features_hold_and_needs_labels_to_choose_by(run):
     rng, labels = np.random.default_rng(0), "ABC" * 20
     clean = np.eye(3)[["ABC".index(label) for label in labels]]
     encoded, train, valid = (hand_made(clean + 0.05 * rng.normal(size=clean.shape), labels) for _ in range(3))
-    others = {"train": train, "valid": valid}.get
-    found = evaluate.linear_probe(run, encoded, others=others, fractions=(20, 100), repeats=2)
+    others = {"train": train, "valid": valid}
+    found = evaluate.linear_probe(run, encoded, others=others.get, fractions=(20, 100), repeats=2)
     assert found["100 % accuracy"].value == 1 and found["20 % accuracy"].trained == 2
     assert found["100 % accuracy"].constant == pytest.approx(1 / 3)
-
-
-def test_a_validation_split_that_cannot_choose_is_refused(run):
+    others["valid"] = hand_made(np.eye(2), "AA")
     with pytest.raises(BadInput, match="valid"):
-        evaluate.linear_probe(run, hand_made(np.eye(3), "ABC"), others=lambda _: hand_made(np.eye(2), "AA"))
+        evaluate.linear_probe(run, encoded, others=others.get)
 
 
 def test_results_name_the_fractions_the_variants_and_the_norms(run, examined):
@@ -387,15 +363,12 @@ def test_distances_and_cosines_of_prompts_and_reports_by_hand(run, monkeypatch):
     assert found["cosine with other reports, without"] == pytest.approx(0.3)
 
 
-def test_pairs_are_counted_by_hand(run):
+def test_pairs_are_counted_and_compared_by_hand(run):
     """Of six ordered pairs the two with {A} twice are equal, and {A} is a subset of {A, B} twice."""
     found = evaluate.false_negatives(run, hand_made(np.eye(3), ["A", "A", "AB"]))
     all_pairs = run.args.batch_size * (run.args.batch_size - 1)
     counts = [found[f"{k}: pairs, of {all_pairs} in a batch"].value for k in ("equal", "subset", "other")]
     assert counts == pytest.approx([all_pairs / 3] * 3)
-
-
-def test_pairs_that_are_nearer_than_real_negatives_have_an_auroc_of_one(run):
     found = evaluate.false_negatives(run, hand_made([[1, 0, 0], [1, 0, 0], [0, 1, 0]], "AAB"))
     assert found["equal: AUROC against other"].value == found["equal: cosine"].value == 1
     assert found["other: cosine"].value == 0
