@@ -159,6 +159,12 @@ def test_the_threshold_is_the_best_of_the_validation_split(classify):
     assert not any(name.startswith("F1 C") for name in found)
 
 
+def test_what_training_watches_has_no_threshold(run, monkeypatch):
+    monkeypatch.setattr(evaluate, "at_thresholds", lambda *_: pytest.fail("a threshold was chosen"))
+    scores = evaluate.quick_scores(run, data.load_records(["phantom=16"], "valid", 20))
+    assert list(scores) == ["balanced accuracy", "i2t_P@1"]
+
+
 def test_without_labels_to_choose_a_threshold_by_a_note_says_so(classify, capsys):
     found = classify(np.eye(3), "ABC", others=lambda split: hand_made(np.eye(3)[:2], "AA"))
     assert not any(name.startswith(("F1", "MCC", "binary")) for name in found) and "accuracy" in found
