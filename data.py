@@ -210,15 +210,20 @@ def read_image(image, about=None):
             check_sides(*file.size)
             if about:
                 file.draft("L", (about, about))
-            if not file.mode.startswith("I"):
-                return file.convert("L")
-            grey = np.asarray(file).astype(np.float32) / 257  # 16 bits, which Pillow would clip at 255
-            return Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
+            return grey(file)
     except BadInput:
         raise
     except Exception as error:  # neither library has one error for what it cannot read
         why = getattr(error, "strerror", None) or str(error).replace(f" {str(image)!r}", "")
         raise BadInput(f"the image {image} cannot be read ({' '.join(why.split())})") from error
+
+
+def grey(image):
+    """Any Pillow image -> one of mode "L"."""
+    if not image.mode.startswith("I"):
+        return image.convert("L")
+    values = np.asarray(image).astype(np.float32) / 257  # 16 bits, which Pillow would clip at 255
+    return Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
 
 
 def check_sides(width, height):

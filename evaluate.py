@@ -16,13 +16,12 @@ Results go to RUN/results.json, one entry for each task, data set and prompt set
 
 import argparse
 import contextlib
-import copy
 import csv
+import functools
 import glob
 import hashlib
 import inspect
 import io
-import itertools
 import json
 import os
 import re
@@ -82,12 +81,10 @@ def shares_at_k(similarity, query_sets, candidate_sets, ks):
 
 
 def precision_at_k(similarity, query_labels, candidate_labels, ks=(1, 2, 5, 10)):
-    """Class-level Precision@K: P@K = mean over queries of (relevant candidates among the K nearest) / K.
+    """Class-level Precision@K: the mean of shares_at_k over the queries (family: GLoRIA).
 
-    A candidate is relevant when its findings equal the query's; without findings it is never relevant. Ties
-    count against the query. The query's own text stays among the candidates (family: GLoRIA).
-
-    (Q, K) float, larger is nearer, (Q, C) bool, (K, C) bool -> {k: float in 0 ... 1}
+    A candidate is relevant when its findings equal the query's, never without findings. The query's own text
+    stays among the candidates. (Q, K) float, larger is nearer, (Q, C) bool, (K, C) bool -> {k: float}
     """
     shares = shares_at_k(similarity, *label_sets(query_labels, candidate_labels), ks)
     return dict(zip(ks, shares.mean(0).tolist(), strict=True))
@@ -107,8 +104,7 @@ def partner_rank(similarity, query_ids, candidate_ids):
 def recall_at_k(similarity, ks=(1, 5, 10)):
     """Instance-level Recall@K: the share of queries whose own partner is among their K nearest.
 
-    (N, N) float, row i belongs to column i -> {k: float in 0 ... 1}. Ties count against the query. Copies of
-    a text would be wrong answers to each other: see partner_rank.
+    (N, N) float, row i belongs to column i -> {k: float}. Copies of a text are wrong answers to each other.
     """
     ids = torch.arange(len(similarity))
     rank = partner_rank(similarity, ids, ids)
@@ -118,7 +114,7 @@ def recall_at_k(similarity, ks=(1, 5, 10)):
 def in_chunks(function, queries, candidates, of_query, cells=2**22):
     """function(similarity, of_query) of a few queries at a time, joined: (Q, D), (K, D), (Q,).
 
-    A chunk of the (Q, K) similarities has at most `cells` numbers, so memory does not grow with Q · K.
+    A chunk has at most `cells` similarities, so memory does not grow with Q · K.
     """
     rows = max(1, cells // len(candidates))
     chunks = zip(queries.split(rows), of_query.split(rows), strict=True)
@@ -126,10 +122,7 @@ def in_chunks(function, queries, candidates, of_query, cells=2**22):
 
 
 def auroc(scores, labels):
-    """Probability that a positive scores higher than a negative; ties count half, nan without a class.
-
-    (N,) float, (N,) bool -> float in 0 ... 1
-    """
+    """Probability that a positive, (N,) bool, scores higher than a negative; ties count half, nan without."""
     scores, labels = np.asarray(scores), np.asarray(labels, dtype=bool)
     positive, negative = scores[labels], np.sort(scores[~labels])
     if len(positive) == 0 or len(negative) == 0:
@@ -162,6 +155,26 @@ def balanced_accuracy(predicted, true):
     return float(np.mean([(predicted[true == label] == label).mean() for label in np.unique(true)]))
 
 
+def f1(predicted, labels):
+    """2 TP / (2 TP + FP + FN): two (N,) bool -> float, 0 where nothing is present or predicted."""
+    return float(2 * (predicted & labels).sum() / max(1, predicted.sum() + labels.sum()))
+
+
+def mcc(predicted, labels):
+    """Matthews' correlation coefficient: two (N,) bool -> float in -1 ... 1, 0 where one is constant."""
+    spread = predicted.std() * labels.std()
+    covariance = (predicted & labels).mean() - predicted.mean() * labels.mean()
+    return float(covariance / spread) if spread else 0.0
+
+
+def best_threshold(scores, labels):
+    """The score from which on all are predicted present for the best F1: (N,) float, (N,) bool -> float."""
+    every, positive = np.sort(scores), np.sort(scores[labels])
+    found = len(positive) - np.searchsorted(positive, every)
+    predicted = len(every) - np.searchsorted(every, every)
+    return float(every[np.argmax(2 * found / (predicted + len(positive)))])
+
+
 # ------------------------------------------------------------------------------------------------ intervals
 
 
@@ -182,22 +195,15 @@ def bootstrap_ci(metric, *arrays, n=1000, seed=0, patients=None):
 
 
 class Measure(NamedTuple):
-    """A metric and what it is computed from: all that its value, interval and differences need.
+    """A metric and what it is computed from: all that its value, interval and differences need."""
 
-    metric: function of the arrays -> float. arrays: N rows each, one for each image or text asked about.
-    chance: value of a blind guess. constant: value of always answering the most frequent class.
-    patients: (N,) int, whose row it is. trained: number of classifiers, each trained on its own draw of the
-    training patients; the first array then has them as its last axis, and the value is their mean.
-    counts: further numbers for the results.
-    """
-
-    metric: Callable
-    arrays: tuple
-    chance: float = None
-    constant: float = None
-    patients: np.ndarray = None
-    trained: int = 0
-    counts: dict = {}
+    metric: Callable  # function of the arrays -> float
+    arrays: tuple  # N rows each, one for each image or text asked about
+    chance: float = None  # value of a blind guess
+    constant: float = None  # value of always answering the most frequent class
+    patients: np.ndarray = None  # (N,) int, whose row it is
+    trained: int = 0  # number of classifiers, the last axis of the first array; the value is their mean
+    counts: dict = {}  # further numbers for the results
 
     def of(self, arrays, classifiers):
         """The metric of these rows -> list of one float, or one for each of these classifiers."""
@@ -209,7 +215,7 @@ class Measure(NamedTuple):
         return float(np.mean(self.of(self.arrays, range(self.trained))))
 
 
-def interval(measure, less=None, draws=1000):
+def interval(measure, less=None):
     """95 % interval of a measure, or of its value less that of another of the same rows -> (low, high).
 
     Trained classifiers are drawn like the rows: they are a sample of what the training patients could give.
@@ -221,8 +227,7 @@ def interval(measure, less=None, draws=1000):
         value = np.mean(measure.of(arrays[:count], chosen))
         return value - np.mean(less.of(arrays[count:], chosen)) if less else value
 
-    arrays = measure.arrays + (less.arrays if less else ())
-    return bootstrap_ci(metric, *arrays, n=draws, patients=measure.patients)
+    return bootstrap_ci(metric, *measure.arrays, *(less.arrays if less else ()), patients=measure.patients)
 
 
 def entry_of(measure):
@@ -239,10 +244,7 @@ def entry_of(measure):
 
 
 def difference(one, other):
-    """The second measure less the first and its paired interval -> (value, low, high).
-
-    Measures of different things, such as the vectors of two prompts, have no paired interval: nan.
-    """
+    """The second measure less the first -> (value, low, high); nan where their rows are not the same."""
     paired = len(one.arrays[0]) == len(other.arrays[0]) and one.trained == other.trained
     return other.value - one.value, *(interval(other, one) if paired else (np.nan, np.nan))
 
@@ -257,16 +259,13 @@ def progress(items, what, **options):
 # Options that say where and how a run is computed: they change it by rounding and random numbers at most.
 MACHINE_OPTIONS = ("device", "workers", "threads", "micro_batch_size", "log_every", "save_every")
 # Options that the shapes of the weights depend on.
-MODEL_OPTIONS = (
+MODEL_OPTIONS = tuple(
     "image_size patch_size swin_dim swin_depths swin_heads window_size text_model max_length embed_dim "
-    "prompt_length"
-).split()
-# Further options of training that are used below, by type.
-USED_OPTIONS = {
-    int: ("batch_size", "workers", "max_length"),
-    str: ("template", "precision", "uncertain"),
-    list: ("data", "views"),
-}
+    "prompt_length".split()
+)
+# Further options of training that are used below. What is wrong with the model's shows where it is built.
+USED_OPTIONS = {"batch_size": int, "workers": int, "max_length": int, "template": str, "precision": str}
+USED_OPTIONS |= {"uncertain": str, "data": list, "views": list}
 # The fields of BERT's configuration that a checkpoint may set. Others, such as the kernel that computes
 # attention, could make the library fetch code.
 BERT_FIELDS = (
@@ -296,6 +295,9 @@ class Run(NamedTuple):
         room = positions - (len(self.model.prompt.context) if self.model.prompt else 0)
         return data.tokenize(self.tokenizer, texts, min(self.args.max_length, room))
 
+    def report_tokens(self, texts):
+        return data.tokenize(self.tokenizer, texts, self.args.max_length)
+
 
 def wrap_tokenizer(tokenizer_json):
     """A tokenizer as the checkpoint holds it -> transformers tokenizer."""
@@ -319,10 +321,7 @@ def build_model(args, bert, prompt_length):
     if args.max_length > positions:
         raise BadInput(f"--max-length {args.max_length}: the text model has {positions} positions")
     if prompt_length and positions - prompt_length < 8:
-        raise BadInput(
-            f"--prompt-length {prompt_length} leaves no room for text: the text model has {positions} "
-            "positions"
-        )
+        raise BadInput(f"--prompt-length {prompt_length}: no text fits beside it into {positions} positions")
     prompt = prompts.ContinuousPrompt(prompt_length, bert.config.hidden_size) if prompt_length else None
     return UMCL(build_image_encoder(args), TextEncoder(bert), prompt, embed_dim=args.embed_dim)
 
@@ -332,7 +331,7 @@ def finite(model):
 
 
 def save_checkpoint(path, run, progress, **more):
-    """Writes a run as tensors and plain data; a crash leaves the old file or the new one."""
+    """Writes a run as tensors and plain data."""
     if not finite(run.model):
         raise BadInput(f"the weights are not finite any more, and {path} is left as it was; try a lower --lr")
     state = {
@@ -343,33 +342,24 @@ def save_checkpoint(path, run, progress, **more):
         "tokenizer": run.tokenizer.backend_tokenizer.to_str(),
         "bert": run.model.text_encoder.bert.config.to_json_string(),
         "progress": progress,
-        **more,
     }
-    write_whole(path, partial(torch.save, state))
+    with replacing(path) as file:
+        torch.save(state | more, file)
 
 
-def write_whole(path, write):
-    """write(temporary file), then puts that in the place of `path`."""
-    path, temporary = Path(path), Path(f"{path}.tmp")
+@contextlib.contextmanager
+def replacing(path):
+    """A file to write bytes into; a crash or a full disk leaves the old file or the new one."""
     try:
-        temporary.unlink(missing_ok=True)  # a link of that name would be written through
-        write(temporary)
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
+        with data.replacing(path, "xb") as file:
+            yield file
+        folder = os.open(Path(path).parent, os.O_RDONLY)
+        os.fsync(folder)  # else a crash could undo the new name
+        os.close(folder)
     except (OSError, RuntimeError) as error:  # torch.save's own error does not say that the disk is full
         with contextlib.suppress(OSError):
-            temporary.unlink()
+            os.unlink(f"{path}.tmp")
         raise BadInput(f"{path} cannot be written; is the disk full? ({error})") from error
-
-
-def sync(path):
-    """Flushes a file, or the names in a folder, to the disk, where a crash cannot undo them."""
-    place = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(place)
-    finally:
-        os.close(place)
 
 
 def run_file(path):
@@ -384,8 +374,6 @@ def refusing(path):
         yield
     except FileNotFoundError as error:
         raise BadInput(f"the checkpoint {path} is not there; `python train.py` makes one") from error
-    except PermissionError as error:
-        raise BadInput(f"the checkpoint {path} may not be read ({error.strerror})") from error
     except Exception as error:  # the libraries have no error of their own for what they cannot read or build
         what = " ".join(str(error).split())[:200]
         raise BadInput(f"{path} is cut short or no checkpoint of this program ({what})") from error
@@ -397,14 +385,13 @@ def read_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["kind"] != "umcl":
             raise ValueError("it holds something else")
-        for kind, names in USED_OPTIONS.items():
-            for name in names:
-                if not isinstance(state["args"].get(name), kind):
-                    raise ValueError(f"its option {name} is missing or no {kind.__name__}")
-        if state["args"]["batch_size"] < 1:
-            raise ValueError("its batches are empty")
-        if not all(isinstance(name, str) for name in (*state["findings"], *state["args"]["data"])):
-            raise ValueError("a finding or a data set is no name")
+        options = state["args"]
+        for name, kind in USED_OPTIONS.items():
+            if not isinstance(options[name], kind):
+                raise ValueError(f"its option {name} is no {kind.__name__}")
+        names = *state["findings"], *options["data"]
+        if options["batch_size"] < 1 or not all(isinstance(name, str) for name in names):
+            raise ValueError("its batches are empty, or a finding or a data set is no name")
         return state | {"path": str(path)}
 
 
@@ -445,11 +432,10 @@ def resolve_machine(args):
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
     if args.precision == "auto":
-        units = {  # torch has no public question for a processor's bf16 units in the oldest version supported
-            "cuda": lambda: torch.cuda.is_bf16_supported(),
-            "cpu": lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
-        }.get(device.type, lambda: False)
-        args.precision = "bf16" if units() else "fp32"
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        if device.type == "cpu":  # the oldest version of torch supported has no public question for it
+            bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        args.precision = "bf16" if bf16 else "fp32"
     return device
 
 
@@ -466,8 +452,8 @@ class Encoded(NamedTuple):
     report_rows: np.ndarray  # (R,) int, the record of each report
     present: np.ndarray  # (N, C) bool
     absent: np.ndarray  # (N, C) bool
-    pooled: np.ndarray = None  # (N, F) float32, the image tower's features before the projection
-    report_labels: np.ndarray = None  # (R, C) bool, what each report stands for in training, see data.Batch
+    pooled: np.ndarray  # (N, F) float32, the image tower's features before the projection
+    report_labels: np.ndarray  # (R, C) bool, what each report stands for in training, see data.Batch
 
     @property
     def patients(self):
@@ -481,30 +467,25 @@ def numbered(names):
     return np.array([number.setdefault(name, len(number)) for name in names], dtype=np.int64)
 
 
-def image_loader(run, records, findings=(), transform=None, **options):
-    """Batches of records without label prompts; by default the images are as evaluation sees them."""
-    collate = data.Collate(records, findings, None, run.tokenizer, run.args.max_length)
+def image_loader(run, records, findings=(), collate_fn=None):
+    """Batches of records without label prompts."""
     return torch.utils.data.DataLoader(
-        data.Images(records, transform or data.evaluation_transform(run.args.image_size)),
+        data.Images(records, data.evaluation_transform(run.args.image_size)),
         run.args.batch_size,
         num_workers=run.args.workers,
         worker_init_fn=data.ignore_signals,
         timeout=data.PATIENCE if run.args.workers else 0,
-        **{"collate_fn": collate, **options},
+        collate_fn=collate_fn or data.Collate(records, findings, None, run.tokenizer, run.args.max_length),
     )
 
 
 @torch.no_grad()
 def encode(run, records):
-    """Records -> Encoded, in their order; the findings are those that are present at least once.
-
-    Raises:
-        BadInput: an image cannot be read, or the model gives features that are not finite.
-    """
+    """Records -> Encoded, in their order; the findings are those that are present at least once."""
     run.model.eval()
     findings = data.vocabulary(records)
     loader = image_loader(run, records, findings)
-    report_rows, report_labels, report_features, pooled, image_features = [], [], [], [], []
+    pooled, image_features, report_features, report_rows, report_labels = ([] for _ in range(5))
     for batch in progress(data.readable(loader), "images and reports", total=len(loader), unit="batch"):
         report_rows.append(batch.rows[batch.report_rows])
         report_labels.append(batch.report_labels)
@@ -514,14 +495,13 @@ def encode(run, records):
             image_features.append(run.model.project_image(features))
             pooled.append(features.float().cpu())
             report_features += [run.model.encode_text(*piece) for piece in batch.reports]
-    report_rows = torch.cat(report_rows)
-    order = report_rows.argsort()  # Collate sorts the reports of a batch by length
+    order = torch.cat(report_rows).argsort()  # Collate sorts the reports of a batch by length
     return Encoded(
         records,
         findings,
         finite_features(image_features),
         finite_features(report_features or [torch.zeros(0, 1)])[order.numpy()],
-        report_rows[order].numpy(),
+        torch.cat(report_rows)[order].numpy(),
         *(labels.numpy() for labels in data.label_matrices(records, findings)),
         torch.cat(pooled).numpy(),
         torch.cat(report_labels)[order].numpy(),
@@ -540,19 +520,19 @@ def finite_features(parts):
 def encode_texts(run, texts, as_prompts=False):
     """Reports, or label prompts with the continuous prompt put in -> (T, D) float32, unit length."""
     run.model.eval()
+    tokens_of = run.prompt_tokens if as_prompts else run.report_tokens
+    encode_part = run.model.encode_prompt if as_prompts else run.model.encode_text
     features = []
     for i in range(0, len(texts), run.args.batch_size):
-        part = texts[i : i + run.args.batch_size]
-        reports = data.tokenize(run.tokenizer, part, run.args.max_length) if not as_prompts else None
-        tokens = data.to_device(reports or run.prompt_tokens(part), run.device)
+        tokens = data.to_device(tokens_of(texts[i : i + run.args.batch_size]), run.device)
         with run.autocast():
-            features.append((run.model.encode_prompt if as_prompts else run.model.encode_text)(*tokens))
+            features.append(encode_part(*tokens))
     return finite_features(features)
 
 
 def encode_images(run, images):
     """Paths, Pillow images or grey (H, W) uint8 arrays -> (N, D) float32, unit length."""
-    images = [np.asarray(each.convert("L")) if isinstance(each, Image.Image) else each for each in images]
+    images = [np.asarray(data.grey(each)) if isinstance(each, Image.Image) else each for each in images]
     for image in images:
         if isinstance(image, np.ndarray) and (image.ndim, image.dtype) != (2, np.uint8):
             raise BadInput(f"an image as array is (H, W) uint8, not {image.shape} {image.dtype}")
@@ -560,7 +540,7 @@ def encode_images(run, images):
 
 
 def bare_records(images):
-    """Records of images of which nothing else is known."""
+    """Records of paths or arrays of which nothing else is known."""
     images = [image if isinstance(image, np.ndarray) else Path(image) for image in images]
     return [data.Record(image, None, frozenset(), str(i), "images") for i, image in enumerate(images)]
 
@@ -591,17 +571,17 @@ def read_prompts(source, findings):
     sides = {"positive": {}, "negative": {}}
     try:
         for name, each in json.loads(Path(source).read_text(encoding="utf-8")).items():
-            for side, texts in ({"positive": each} if isinstance(each, list) else each).items():
+            for side, texts in (each if isinstance(each, dict) else {"positive": each}).items():
                 if not texts or not isinstance(texts, list) or not all(text.encode() for text in texts):
                     raise ValueError(f"{name!r} has no list of texts")
                 sides[side][name] = texts
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         form = '{finding: [text, ...]} or {finding: {"positive": [...], "negative": [...]}}'
         raise BadInput(f"{source} is no prompt set ({error}); it needs {form}") from error
-    for name in findings:
-        if name not in sides["positive"]:
-            known = ", ".join(sides["positive"])
-            raise BadInput(f"{source} has no prompt for {name!r}; it has {known}, see --classes")
+    missing = [name for name in findings if name not in sides["positive"]]
+    if missing:
+        known = ", ".join(sides["positive"])
+        raise BadInput(f"{source} has no prompt for {missing[0]!r}; it has {known}, see --classes")
     return tuple({name: side[name] for name in findings if name in side} for side in sides.values())
 
 
@@ -623,44 +603,78 @@ def combined(image_features, prompt_features, combine):
 
 
 def chosen_classes(encoded, classes):
-    """Names, None for all findings of the records -> (names, their columns)."""
+    """Names, None for all findings of the records -> (names, their columns of present and of absent)."""
     classes = list(dict.fromkeys(classes or encoded.findings))
     unknown = [name for name in classes if name not in encoded.findings]
     if unknown:
         known = ", ".join(encoded.findings) or "no label at all"
         raise BadInput(f"no image of this data has {unknown[0]!r}; it has {known}")
-    return classes, [encoded.findings.index(name) for name in classes]
+    if not classes:
+        raise Lacking("this needs labels, and these data have none")
+    columns = [encoded.findings.index(name) for name in classes]
+    return classes, encoded.present[:, columns], encoded.absent[:, columns]
 
 
-def zero_shot(run, encoded, *, prompt_set=None, combine="mean-embedding", classes=None):
-    """Classification by label prompts (paper) -> {metric: Measure}.
+class Scored(NamedTuple):
+    """Scores of N images for C findings, and what is known of these."""
 
-    Accuracy and balanced accuracy over the images with exactly one of the classes, by the highest score.
-    AUROC of each finding over the images in which it is known to be present or absent, by its score; "pair
-    AUROC" by its score less that of the prompts of its absence (family: CheXzero, whose softmax over the two
-    gives the same ranking); "absence AUROC" of absence, by the prompts of absence alone.
+    names: list
+    scores: np.ndarray  # (N, C)
+    present: np.ndarray  # (N, C) bool
+    absent: np.ndarray  # (N, C) bool
+    patients: np.ndarray  # (N,) int
+
+    def of(self, names):
+        """The same of these findings alone."""
+        columns = [self.names.index(name) for name in names]
+        parts = (part[:, columns] for part in (self.scores, self.present, self.absent))
+        return Scored(list(names), *parts, self.patients)
+
+    def by_finding(self):
+        """Name, scores, labels and patients of each finding that has both classes, where it is known."""
+        columns = zip(self.names, self.scores.T, self.present.T, self.absent.T, strict=True)
+        for name, scores, present, absent in columns:
+            if present.any() and absent.any():
+                known = present | absent
+                yield name, scores[known], present[known], self.patients[known]
+
+
+def zero_shot(run, encoded, *, prompt_set=None, combine="mean-embedding", classes=None, others=None):
+    """Classification by label prompts (paper) -> {metric: Measure}; see classification and at_thresholds.
+
+    "pair AUROC" is by a finding's score less that of the prompts of its absence (family: CheXzero, whose
+    softmax over the two gives the same ranking), "absence AUROC" of absence, by the prompts of absence alone.
 
     prompt_set: see read_prompts; None is the template of training. combine: see COMBINE.
     classes: names; None takes all findings of the records.
+    others: split -> Encoded of its labelled images of patients not evaluated; None leaves thresholds out.
     """
-    classes, columns = chosen_classes(encoded, classes)
-    if not classes:
-        raise Lacking("zero-shot needs labels, and these data have none")
-    present, absent = encoded.present[:, columns], encoded.absent[:, columns]
+    classes, present, absent = chosen_classes(encoded, classes)
     positive, negative = read_prompts(prompt_set or run.args.template, classes)
-    scores = combined(encoded.image_features, encode_findings(run, positive), combine)  # (N, C)
-    measures = classification(scores, present, absent, encoded.patients, classes)
-    names = [name for name in classes if name in negative]
-    if names:
-        rows = [classes.index(name) for name in names]
+    texts = encode_findings(run, positive)
+
+    def scored(images, present, absent):
+        return Scored(
+            classes, combined(images.image_features, texts, combine), present, absent, images.patients
+        )
+
+    found = scored(encoded, present, absent)
+    measures = classification(found)
+    if negative:
+        some = found.of(negative)
         of_absence = combined(encoded.image_features, encode_findings(run, negative), combine)
-        present, absent = present[:, rows], absent[:, rows]
-        pair = classification(scores[:, rows] - of_absence, present, absent, encoded.patients, names)
-        alone = classification(of_absence, absent, present, encoded.patients, names)
-        for kind, found in (("pair", pair), ("absence", alone)):
-            measures |= {f"{kind} {k}": each for k, each in found.items() if k.startswith("AUROC")}
+        pair = some._replace(scores=some.scores - of_absence)
+        swapped = some._replace(scores=of_absence, present=some.absent, absent=some.present)
+        measures |= by_finding("pair AUROC", auroc, pair) | by_finding("absence AUROC", auroc, swapped)
     if not measures:
         raise Lacking("zero-shot needs labels of two classes, and these data have none")
+    if others:
+        try:
+            valid = others("valid")
+            labels = (each.numpy() for each in data.label_matrices(valid.records, classes))
+            measures |= at_thresholds(found, scored(valid, *labels))
+        except BadInput as error:
+            say(f"note: F1, MCC and binary accuracy are left out, for want of a threshold: {error}")
     return measures
 
 
@@ -669,30 +683,61 @@ def baselines(present):
     return {"chance": 1 / present.shape[1], "constant": present.mean(0).max()}
 
 
-def classification(scores, present, absent, patients, names):
-    """Accuracies and AUROCs of (N, C) scores against what is present and known to be absent -> Measures."""
+def by_finding(kind, metric, scored, chance=lambda labels: 0.5):
+    """A metric of each finding over the images where it is known, and its mean over the findings -> Measures.
+
+    metric: function of a finding's scores and labels. chance: function of its labels.
+    """
     measures = {}
-    single = present.sum(1) == 1
+    for name, scores, labels, patients in scored.by_finding():
+        told = {"patients": patients, "counts": {"positives": int(labels.sum())}}
+        measures[f"{kind} {name}"] = Measure(metric, (scores, labels), chance(labels), **told)
+    if measures:
+        arrays = scored.scores, scored.present, scored.present | scored.absent
+        blind = np.mean([measure.chance for measure in measures.values()])
+        mean = Measure(partial(mean_over_findings, metric), arrays, blind, patients=scored.patients)
+        measures[f"{kind} mean"] = mean
+    return measures
+
+
+def classification(scored):
+    """Accuracies over the images with exactly one finding, AUROCs and mAP -> Measures."""
+    measures, names = {}, scored.names
+    single = scored.present.sum(1) == 1
     if single.any() and len(names) > 1:
-        true, predicted = present[single].argmax(1), scores[single].argmax(1)
-        told = baselines(present[single]) | {"patients": patients[single]}
+        true, predicted = scored.present[single].argmax(1), scored.scores[single].argmax(1)
+        told = baselines(scored.present[single]) | {"patients": scored.patients[single]}
         measures["accuracy"] = Measure(np.mean, (predicted == true,), **told)
-        told["constant"] = 1 / len(np.unique(true))
-        pairs = np.bincount(true * len(names) + predicted, minlength=len(names) ** 2)
-        told["counts"] = {"confusion": pairs.reshape(len(names), -1).tolist()}  # rows: true classes
+        pairs = Counter(zip(true.tolist(), predicted.tolist(), strict=True))
+        confusion = {  # {true class: {predicted class: images}}
+            name: {other: pairs[i, j] for j, other in enumerate(names)} for i, name in enumerate(names)
+        }
+        told |= {"constant": 1 / len(np.unique(true)), "counts": {"confusion": confusion}}
         measures["balanced accuracy"] = Measure(balanced_accuracy, (predicted, true), **told)
-    known = present | absent
-    for column, name in enumerate(names):
-        rows = known[:, column]
-        labels = present[rows, column]
-        if labels.any() and not labels.all():
-            told = {"chance": 0.5, "patients": patients[rows], "counts": {"positives": int(labels.sum())}}
-            measures[f"AUROC {name}"] = Measure(auroc, (scores[rows, column], labels), **told)
-    if any(metric.startswith("AUROC") for metric in measures):
-        arrays, told = (scores, present, known), {"patients": patients}
-        measures["AUROC mean"] = Measure(mean_auroc, arrays, chance=0.5, **told)
-        blind = mean_over_findings(lambda _, labels: labels.mean(), *arrays)
-        measures["mAP"] = Measure(partial(mean_over_findings, average_precision), arrays, blind, **told)
+    measures |= by_finding("AUROC", auroc, scored)
+    precision = by_finding("AP", average_precision, scored, chance=np.mean)
+    return measures | ({"mAP": precision["AP mean"]} if precision else {})
+
+
+def at_thresholds(scored, valid):
+    """F1, MCC and accuracy of each finding, predicted where its score reaches a threshold -> Measures.
+
+    The threshold has the best F1 on the validation split. Chance is the better of two answers: always, never.
+    """
+    thresholds = {name: best_threshold(scores, labels) for name, scores, labels, _ in valid.by_finding()}
+    if not thresholds:
+        raise Lacking("no evaluated finding is both present and absent in the valid split")
+    scored, measures = scored.of(thresholds), {}
+    scored = scored._replace(scores=scored.scores >= np.array(list(thresholds.values())))
+    for kind, metric in (("F1", f1), ("MCC", mcc), ("binary accuracy", lambda x, y: (x == y).mean())):
+
+        def chance(labels, metric=metric):
+            return max(metric(np.full(len(labels), answer), labels) for answer in (True, False))
+
+        measures |= by_finding(kind, metric, scored, chance)
+    for name in scored.names:
+        if f"F1 {name}" in measures:
+            measures[f"F1 {name}"].counts["threshold"] = thresholds[name]
     return measures
 
 
@@ -715,14 +760,6 @@ def class_sentences(records, findings, count, seed=0):
     return texts, np.eye(len(findings), dtype=bool).repeat(count, 0)
 
 
-class Side(NamedTuple):
-    """The images or the texts of a retrieval. A candidate is right where its key is the query's."""
-
-    features: torch.Tensor  # (N, D) float32, unit length
-    keys: torch.Tensor  # (N,) int64, each key is on both sides
-    patients: np.ndarray = None  # (N,) int, whose it is
-
-
 def hit_chance(right, count, k):
     """Chance that k blind draws from `count` candidates have a right one: (Q,) numbers of these -> float."""
     missed = np.prod([np.maximum(count - right - i, 0) / (count - i) for i in range(k)], axis=0)
@@ -730,48 +767,46 @@ def hit_chance(right, count, k):
 
 
 def retrieved(images, texts, by_class):
-    """P@K and Hit@K, or R@K and median rank, both ways, of two Sides -> Measures.
+    """P@K and Hit@K, or R@K and median rank, both ways -> Measures.
 
+    images, texts: (N, D) features, (N,) int64 keys, (N,) patients each; patients of texts may be None. A
+    candidate is right where its key is the query's; each key is on both sides.
     i2t has images as queries and texts as candidates, t2i the reverse. K beyond the candidates is left out.
     """
     measures = {}
-    for way, queries, candidates in (("i2t", images, texts), ("t2i", texts, images)):
-        count = len(candidates.keys)
-        right = torch.bincount(candidates.keys, minlength=int(queries.keys.max()) + 1)[queries.keys].numpy()
-        told = {"patients": queries.patients, "counts": {"candidates": count}}
+    for way, (queries, keys, patients), (candidates, of_candidates, _) in (
+        ("i2t", images, texts),
+        ("t2i", texts, images),
+    ):
+        count = len(candidates)
+        right = torch.bincount(of_candidates, minlength=int(keys.max()) + 1)[keys].numpy()
         ks = [k for k in ((1, 2, 5, 10) if by_class else (1, 5, 10)) if k <= count]
         if by_class:
-            ranked = partial(shares_at_k, candidate_sets=candidates.keys, ks=ks)
-            shares = in_chunks(ranked, queries.features, candidates.features, queries.keys).numpy()
-            for k, share in zip(ks, shares.T, strict=True):
-                measures[f"{way}_P@{k}"] = Measure(np.mean, (share,), right.mean() / count, **told)
-            for k, share in zip(ks[1:], shares.T[1:], strict=True):  # Hit@1 is P@1
-                measures[f"{way}_Hit@{k}"] = Measure(
-                    np.mean, (share > 0,), hit_chance(right, count, k), **told
-                )
+            ranked = partial(shares_at_k, candidate_sets=of_candidates, ks=ks)
+            shares = in_chunks(ranked, queries, candidates, keys).numpy().T
+            found = {f"P@{k}": (share, right.mean() / count) for k, share in zip(ks, shares, strict=True)}
+            for k, share in zip(ks[1:], shares[1:], strict=True):  # Hit@1 is P@1
+                found[f"Hit@{k}"] = share > 0, hit_chance(right, count, k)
         else:
-            ranked = partial(partner_rank, candidate_ids=candidates.keys)
-            rank = in_chunks(ranked, queries.features, candidates.features, queries.keys).numpy()
-            for k in ks:
-                measures[f"{way}_R@{k}"] = Measure(np.mean, (rank < k,), hit_chance(right, count, k), **told)
-            chance = ((count - right) / (right + 1)).mean() + 1
-            measures[f"{way}_median rank"] = Measure(np.median, (rank + 1,), chance, **told)
+            ranked = partial(partner_rank, candidate_ids=of_candidates)
+            rank = in_chunks(ranked, queries, candidates, keys).numpy()
+            found = {f"R@{k}": (rank < k, hit_chance(right, count, k)) for k in ks}
+            found["median rank"] = rank + 1, ((count - right) / (right + 1)).mean() + 1
+        told = {"patients": patients, "counts": {"candidates": count}}
+        for name, (of_queries, chance) in found.items():
+            metric = np.median if name == "median rank" else np.mean
+            measures[f"{way}_{name}"] = Measure(metric, (of_queries,), chance, **told)
     return measures
 
 
 def retrieval(run, encoded, *, sentences=None, training=None):
-    """Images and texts, both ways.
+    """Images and texts, both ways -> {"i2t_P@1": Measure, ...}.
 
     P@K (class level, paper) over the reports with known findings; R@K and median rank (instance level) over
     all reports: a text that several images have is one candidate; as a query, it looks for any of them.
 
-    Args:
-        sentences: so many sentences of each finding in place of the reports, see class_sentences; the images
-            are those with exactly one finding, and there is no instance level.
-        training: function -> records whose reports have the sentences.
-
-    Returns:
-        {"i2t_P@1": Measure, ...}
+    sentences: so many of each finding, see class_sentences, in place of the reports; the images are those
+    with exactly one finding, and there is no instance level. training: () -> records with their reports.
     """
     images, patients = torch.as_tensor(encoded.image_features), encoded.patients
     if sentences:
@@ -780,8 +815,8 @@ def retrieval(run, encoded, *, sentences=None, training=None):
             raise Lacking("sentences need images with exactly one finding, and these data have none")
         texts, text_labels = class_sentences(training(), encoded.findings, sentences)
         image_sets, text_sets = label_sets(encoded.present[single], text_labels)
-        texts = Side(torch.as_tensor(encode_texts(run, texts)), text_sets)
-        return retrieved(Side(images[single], image_sets, patients[single]), texts, by_class=True)
+        texts = torch.as_tensor(encode_texts(run, texts)), text_sets, None
+        return retrieved((images[single], image_sets, patients[single]), texts, by_class=True)
     if not len(encoded.report_features):
         raise Lacking("retrieval needs reports, and these data have none")
     rows = encoded.report_rows
@@ -791,55 +826,37 @@ def retrieval(run, encoded, *, sentences=None, training=None):
     texts = torch.as_tensor(encoded.report_features[first])
     known = labels.any(1)
     if known.any():  # copies of a text have one and the same feature, so they tie
-        sides = (
-            Side(each[known], *label_sets(labels[known]), patients[known]) for each in (images, texts[text])
-        )
+        (sets,) = label_sets(labels[known])
+        sides = ((each[known], sets, patients[known]) for each in (images, texts[text]))
         measures |= retrieved(*sides, by_class=True)
-    sides = Side(images, torch.tensor(text), patients), Side(texts, torch.arange(len(texts)), patients[first])
-    return measures | retrieved(*sides, by_class=False)
+    texts = texts, torch.arange(len(texts)), patients[first]
+    return measures | retrieved((images, torch.tensor(text), patients), texts, by_class=False)
 
 
 def drawn_by_patient(records, percent, seed):
-    """All records of a share of the patients, at least one, drawn by the seed -> list."""
-    patients = sorted({(record.source, record.patient) for record in records})
+    """Rows of all records of a share of the patients, at least one patient, drawn by the seed."""
+    patient_of = [(record.source, record.patient) for record in records]
+    patients = sorted(set(patient_of))
     order = np.random.default_rng(seed).permutation(len(patients))
     chosen = {patients[i] for i in order[: max(1, round(len(patients) * percent / 100))]}
-    return [record for record in records if (record.source, record.patient) in chosen]
+    return [row for row, patient in enumerate(patient_of) if patient in chosen]
 
 
-def other_splits(encoded, load):
-    """Training, then validation records with a known finding, present or absent, of patients not evaluated.
-
-    They come without reports, since only the image tower is looked at.
-    """
-    for split in ("train", "valid"):
-        known = [record for record in load(split) if record.findings or record.absent]
-        kept = [replace(record, report=None) for record in data.hold_out(known, encoded.records)]
-        if not kept:
-            raise Lacking(f"no labelled record of the {split} split is left beside the evaluated patients")
-        yield kept
+def of_other_patients(records, evaluated, split):
+    """Records with a known finding of patients not evaluated; without reports, which nobody looks at."""
+    known = [record for record in records if record.findings or record.absent]
+    kept = [replace(record, report=None) for record in data.hold_out(known, evaluated)]
+    if not kept:
+        raise Lacking(f"no labelled record of the {split} split is left beside the evaluated patients")
+    return kept
 
 
-def validation_labels(records, findings):
-    """Present and known, (N, C) bool each, of records that can tell the better of two classifiers."""
-    present, absent = (each.numpy() for each in data.label_matrices(records, findings))
-    if not (present.any(0) & absent.any(0)).any():
-        raise Lacking("no evaluated finding is both present and absent in the valid split, to choose by")
-    return present, present | absent
-
-
-def transfer(encoded, train, fractions, repeats, train_and_score, what):
+def transfer(encoded, scores):
     """Measures of classifiers that are trained on shares of the training patients, each on several draws.
 
-    Args:
-        train: records. fractions: percent of their patients. repeats: draws of each fraction but 100.
-        train_and_score: records, number of the draw -> (N, C) scores of the evaluated records.
+    scores: {percent of the patients: [(N, C) scores of the evaluated records by each classifier]}
     """
-    scores, measures, present = {}, {}, encoded.present
-    draws = [(percent, n) for percent in fractions for n in range(1 if percent == 100 else repeats)]
-    for percent, n in progress(draws, what, unit="classifier"):
-        found = train_and_score(drawn_by_patient(train, percent, n), n)
-        scores.setdefault(percent, []).append(found)
+    measures, present = {}, encoded.present
     for percent, each in scores.items():
         each = np.stack(each, axis=2)  # (N, C, draws)
         told = {"patients": encoded.patients, "trained": each.shape[2]}
@@ -852,25 +869,21 @@ def transfer(encoded, train, fractions, repeats, train_and_score, what):
     return measures
 
 
-def cross_entropy(scores, present, known):
-    """Mean over the cells in which a finding is known: (N, C) float, two (N, C) bool -> () float."""
-    loss = torch.nn.functional.binary_cross_entropy_with_logits
-    return loss(scores.float(), present.float(), known.float(), reduction="sum") / known.sum().clamp(min=1)
-
-
 def logistic_regression(features, present, absent, penalty, steps=100):
     """One regression for each finding over the rows where it is known, by L-BFGS.
 
-    (N, F) float32, two (N, C) bool, factor of half the squared weights -> (F + 1, C) float32; the intercept,
-    which has no penalty, is the last row.
+    (N, F) float32, two (N, C) bool -> (F + 1, C) float32; the last row is the intercept, without a penalty.
+    penalty: factor of half the squared weights.
     """
     features = torch.cat([features, torch.ones(len(features), 1)], dim=1)
     weight = torch.zeros(features.shape[1], present.shape[1], requires_grad=True)
     optimizer = torch.optim.LBFGS([weight], max_iter=steps, line_search_fn="strong_wolfe")
+    known = (present | absent).float()
+    entropy = partial(torch.nn.functional.binary_cross_entropy_with_logits, weight=known, reduction="sum")
 
     def loss():
         optimizer.zero_grad()
-        value = cross_entropy(features @ weight, present, present | absent)
+        value = entropy(features @ weight, present.float()) / known.sum().clamp(min=1)
         value = value + penalty / 2 * weight[:-1].square().sum()
         value.backward()
         return value
@@ -879,113 +892,54 @@ def logistic_regression(features, present, absent, penalty, steps=100):
     return weight.detach()
 
 
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+def probe_scores(train, valid, test, labels, valid_labels):
+    """(N, C) scores of the test rows by the regression whose penalty is best on the validation rows.
 
-
-def linear_probe(run, encoded, *, load, fractions=(1, 10, 100), repeats=5):
-    """A linear classifier on the frozen image tower, trained on shares of the training patients.
-
-    Features before the projection, standardised by the training records; one logistic regression for each
-    finding of the evaluated records, its penalty (out of PENALTIES) chosen by the mean AUROC on the
-    validation split.
-
-    Args:
-        load: split -> records. fractions, repeats: see transfer.
+    train, valid, test: (rows, F) float32. labels: present and absent, (rows, C) bool tensors each.
     """
-    train, valid = (encode(run, records) for records in other_splits(encoded, load))
-    row_of = {id(record): row for row, record in enumerate(train.records)}
-    labels = data.label_matrices(train.records, encoded.findings)
-    present, known = validation_labels(valid.records, encoded.findings)
+    mean, std = train.mean(0), train.std(0) + 1e-6
+    train, valid, test = (torch.from_numpy((part - mean) / std) for part in (train, valid, test))
+    present, absent = (each.numpy() for each in valid_labels)
 
-    def train_and_score(records, _):
-        rows = [row_of[id(record)] for record in records]
-        mean, std = train.pooled[rows].mean(0), train.pooled[rows].std(0) + 1e-6
-        of_train, of_valid, of_test = (
-            torch.from_numpy((part - mean) / std)
-            for part in (train.pooled[rows], valid.pooled, encoded.pooled)
-        )
-        best = -1.0
-        for penalty in PENALTIES:
-            weight = logistic_regression(of_train, *(each[rows] for each in labels), penalty)
-            fits = mean_auroc((of_valid @ weight[:-1]).numpy(), present, known)
-            if fits > best:
-                best, scores = fits, (of_test @ weight[:-1] + weight[-1]).numpy()
-        return scores
+    def fit(weight):
+        return mean_auroc((valid @ weight[:-1]).numpy(), present, present | absent)
 
-    return transfer(encoded, train.records, fractions, repeats, train_and_score, "linear probe")
+    penalties = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    weight = max((logistic_regression(train, *labels, penalty) for penalty in penalties), key=fit)
+    return (test @ weight[:-1] + weight[-1]).numpy()
 
 
-# Of fine-tuning, all ours: learning rate, least steps of a round, most rounds, rounds without a better one.
-FINE_TUNE_LR, ROUND_STEPS, ROUNDS, ROUNDS_TO_WAIT = 1e-4, 20, 40, 5
+def linear_probe(run, encoded, *, others, fractions=(1, 10, 100), repeats=5):
+    """A linear classifier on the frozen image tower's features, trained on shares of the training patients.
 
+    The features are standardised by the training records. The penalty of each classifier
+    is chosen by the mean AUROC on the validation split, see probe_scores.
 
-@torch.no_grad()
-def tower_scores(run, tower, records):
-    """(N, C) float32, in evaluation mode."""
-    tower.eval()
-    with run.autocast():
-        # its own generator: looking at the records must not change the random numbers of training
-        batches = data.readable(image_loader(run, records, generator=torch.Generator()))
-        scores = [tower(data.normalise(batch.images.to(run.device))).float().cpu() for batch in batches]
-    return torch.cat(scores).numpy()
-
-
-def fine_tuned(run, records, valid, findings, seed):
-    """A copy of the image tower with a linear head, trained on records: images -> (B, C) scores.
-
-    A round is a pass over the records, or ROUND_STEPS steps where that is more. After each, the mean AUROC on
-    the validation records is computed; the best round's weights are kept. Training ends after ROUNDS_TO_WAIT
-    rounds without a better one, or after ROUNDS.
+    others: split -> Encoded of its labelled images of patients that are not evaluated.
+    fractions: percent of the training patients. repeats: draws of each fraction but 100.
     """
-    torch.manual_seed(seed)
-    head = torch.nn.Linear(run.model.image_encoder.num_features, len(findings))
-    tower = torch.nn.Sequential(copy.deepcopy(run.model.image_encoder), head.to(run.device))
-    optimizer = torch.optim.AdamW(tower.parameters(), lr=FINE_TUNE_LR, weight_decay=run.args.weight_decay)
-    transform = data.training_transform(run.args.image_size, run.args.horizontal_flip)
-    options = {"shuffle": True, "persistent_workers": run.args.workers > 0}
-    loader = image_loader(run, records, findings, transform, **options)
-    batches = itertools.chain.from_iterable(data.readable(each) for each in itertools.repeat(loader))
-    present, known = validation_labels(valid, findings)
-    best, since = -1.0, 0
-    for _ in progress(range(ROUNDS), "fine-tuning", unit="round"):
-        tower.train()
-        for batch in itertools.islice(batches, max(ROUND_STEPS, len(loader))):
-            batch = data.to_device(batch, run.device)
-            with run.autocast():
-                scores = tower(data.normalise(batch.images))
-            optimizer.zero_grad()
-            cross_entropy(scores, batch.present, batch.present | batch.absent).backward()
-            optimizer.step()
-        fits = mean_auroc(tower_scores(run, tower, valid), present, known)
-        if fits > best:
-            best, since, kept = fits, 0, copy.deepcopy(tower.state_dict())
-        else:
-            since += 1
-        if since == ROUNDS_TO_WAIT:
-            break
-    tower.load_state_dict(kept)
-    return tower
-
-
-def fine_tune(run, encoded, *, load, fractions=(1, 10, 100), repeats=5):
-    """As linear_probe, but the whole image tower is trained on, see fine_tuned."""
-    train, valid = other_splits(encoded, load)
-
-    def train_and_score(records, seed):
-        return tower_scores(run, fine_tuned(run, records, valid, encoded.findings, seed), encoded.records)
-
-    return transfer(encoded, train, fractions, repeats, train_and_score, "fine-tuning")
+    train, valid = others("train"), others("valid")
+    labels, valid_labels = (data.label_matrices(each.records, encoded.findings) for each in (train, valid))
+    if not torch.logical_and(*(each.any(0) for each in valid_labels)).any():
+        raise Lacking("no evaluated finding is both present and absent in the valid split, to choose by")
+    scores = {percent: [] for percent in fractions}
+    draws = [(percent, n) for percent in fractions for n in range(1 if percent == 100 else repeats)]
+    for percent, n in progress(draws, "linear probe", unit="classifier"):
+        rows = drawn_by_patient(train.records, percent, n)
+        of_rows = [each[rows] for each in labels]
+        features = train.pooled[rows], valid.pooled, encoded.pooled
+        scores[percent].append(probe_scores(*features, of_rows, valid_labels))
+    return transfer(encoded, scores)
 
 
 def prompt_sensitivity(run, encoded, *, classes=None):
     """How much the wording of the prompts changes zero-shot classification (the paper's motivation).
 
-    The accuracy of each variant of prompts.variants, one prompt a class, over the images with exactly one of
-    the classes; then mean, spread (standard deviation) and worst over the variants. "negated" prompts say the
-    opposite and stay out of these three: a model that understands "no" is below chance with them.
+    The accuracy of each of prompts.variants over the images with exactly one of the classes, and their mean,
+    spread (standard deviation) and worst. "negated" prompts say the opposite and stay out of these three: a
+    model that understands "no" is below chance with them.
     """
-    classes, columns = chosen_classes(encoded, classes)
-    present = encoded.present[:, columns]
+    classes, present, _ = chosen_classes(encoded, classes)
     single = present.sum(1) == 1
     if len(classes) < 2 or not single.any():
         raise Lacking("prompt-sensitivity needs images with exactly one of two classes; these data have none")
@@ -1007,9 +961,9 @@ def prompt_sensitivity(run, encoded, *, classes=None):
 def prompt_words(run, encoded):
     """What the continuous prompt learned, and whether it brings label prompts nearer to the reports.
 
-    Distance between the centre of the label prompts (one for each finding that a report has alone) and the
-    centre of these reports, and the mean cosine of a report with the prompt of its finding and with the
-    others', each with the vectors and without. Norm of the vectors; they start with 0.02 √dim.
+    Of the reports with exactly one finding, and one prompt for each of their findings, with the vectors and
+    without: distance of the two centres, and mean cosine of a report with the prompt of its finding and with
+    the others'. Norm of the vectors; they start with 0.02 √dim.
     """
     labels = encoded.present[encoded.report_rows]
     single = labels.sum(1) == 1
@@ -1028,10 +982,12 @@ def prompt_words(run, encoded):
         cosine = reports @ features.T
         own = cosine[labels]
         others = (cosine.sum(1) - own) / max(1, len(texts) - 1)
-        distance = Measure(partial(gap, features.mean(0)), (reports,), patients=patients)
-        measures[f"distance to the reports, {way}"] = distance
-        measures[f"cosine with the own reports, {way}"] = Measure(np.mean, (own,), patients=patients)
-        measures[f"cosine with other reports, {way}"] = Measure(np.mean, (others,), patients=patients)
+        for name, metric, rows in (
+            ("distance to the reports", partial(gap, features.mean(0)), reports),
+            ("cosine with the own reports", np.mean, own),
+            ("cosine with other reports", np.mean, others),
+        ):
+            measures[f"{name}, {way}"] = Measure(metric, (rows,), patients=patients)
     if run.model.prompt is not None:
         norms = run.model.prompt.context.detach().float().norm(dim=1).cpu().numpy()
         measures["norm of the vectors"] = Measure(np.mean, (norms,))
@@ -1044,8 +1000,8 @@ def false_negatives(run, encoded, *, pairs_of=2000):
     Pairs of an image and another image's report, both with known findings, among at most `pairs_of` records.
     "equal": the same findings, a disease among them; the mask removes these. "subset": the report's findings
     are some of the image's; the rule of label prompts would remove these, too. "other": real negatives.
-    For each kind the number in a random batch of the run's size, the mean cosine, and the probability that
-    such a text is nearer to the image than a real negative; the last two are means over images.
+    Of each kind: the number in a random batch; over images, the mean cosine and the probability that such a
+    text is nearer than a real negative.
     """
     rows = np.flatnonzero(encoded.present[encoded.report_rows].any(1))
     if len(rows) < 2:
@@ -1057,20 +1013,20 @@ def false_negatives(run, encoded, *, pairs_of=2000):
     others, patients = ~np.eye(len(rows), dtype=bool), encoded.patients[of_images]
     equal, subset, real = equal & others, subset & ~equal & others, ~subset & ~equal & others
     pairs_in_batch, measures = run.args.batch_size * (run.args.batch_size - 1), {}
+
+    def measure(name, values, rows, chance=None):
+        if len(rows):
+            measures[name] = Measure(np.mean, (np.array(values),), chance, patients=patients[rows])
+
     for kind, pairs in (("equal", equal), ("subset", subset), ("other", real)):
         expected = pairs.sum(1) / (len(rows) - 1) * pairs_in_batch
-        name = f"{kind}: pairs, of {pairs_in_batch} in a batch"
-        measures[name] = Measure(np.mean, (expected,), patients=patients)
+        measure(f"{kind}: pairs, of {pairs_in_batch} in a batch", expected, np.arange(len(rows)))
         having = np.flatnonzero(pairs.any(1))
-        if len(having):
-            cosine = np.array([similarity[i, pairs[i]].mean() for i in having])
-            measures[f"{kind}: cosine"] = Measure(np.mean, (cosine,), patients=patients[having])
-        both = having[real[having].any(1)]
-        if kind != "other" and len(both):
-            known = pairs | real
-            nearer = np.array([auroc(similarity[i, known[i]], pairs[i, known[i]]) for i in both])
-            told = {"chance": 0.5, "patients": patients[both]}
-            measures[f"{kind}: AUROC against other"] = Measure(np.mean, (nearer,), **told)
+        measure(f"{kind}: cosine", [similarity[i, pairs[i]].mean() for i in having], having)
+        if kind != "other":
+            both, known = having[real[having].any(1)], pairs | real
+            nearer = [auroc(similarity[i, known[i]], pairs[i, known[i]]) for i in both]
+            measure(f"{kind}: AUROC against other", nearer, both, chance=0.5)
     return measures
 
 
@@ -1078,7 +1034,6 @@ TASKS = {
     "zero-shot": zero_shot,
     "retrieval": retrieval,
     "linear-probe": linear_probe,
-    "fine-tune": fine_tune,
     "prompt-sensitivity": prompt_sensitivity,
     "prompt-words": prompt_words,
     "false-negatives": false_negatives,
@@ -1140,7 +1095,8 @@ def save_picture(tiles, columns, path):
     picture = to_pil_image(make_grid(torch.stack(tiles), columns, padding=4, pad_value=255))
     mark = PngInfo()
     mark.add_text("Software", "UMCL")
-    write_whole(path, partial(picture.save, format="PNG", pnginfo=mark))
+    with replacing(path) as file:
+        picture.save(file, format="PNG", pnginfo=mark)
 
 
 def shown(record, side):
@@ -1170,11 +1126,7 @@ def gallery(run, encoded, path, rows=4, columns=3, side=224):
 def similarity_maps(run, records, text_features):
     """The cosine of each cell of the last Swin map with a text, the cell projected as an image is.
 
-    Args:
-        records: N. text_features: (N, D) float32, unit length, one text for each record.
-
-    Returns:
-        (N, S, S) float32 in -1 ... 1
+    N records, (N, D) float32, one text for each record -> (N, S, S) float32
     """
     run.model.eval()
     maps, texts = [], torch.as_tensor(text_features)
@@ -1197,9 +1149,9 @@ def tinted(grey, cosines):
 
 def heatmap(run, encoded, path, prompt_set=None, classes=None, each=2, side=144):
     """Draws images with exactly one finding beside their similarity maps with its prompt, and the scale."""
-    classes, columns = chosen_classes(encoded, classes)
+    classes, present, _ = chosen_classes(encoded, classes)
     single = encoded.present.sum(1) == 1
-    chosen = [np.flatnonzero(single & encoded.present[:, column])[:each] for column in columns]
+    chosen = [np.flatnonzero(single & column)[:each] for column in present.T]
     rows = np.concatenate([np.zeros(0, int), *chosen])
     if not len(rows):
         raise BadInput("a heat map needs images with exactly one finding, and these data have none")
@@ -1238,10 +1190,8 @@ def check_output(path, ending):
         raise BadInput(f"{path}: the name of this file has to end in {ending}")
     if ending == ".json":
         read_results(path)
-    elif Path(path).exists():
-        with open(path, "rb") as file:
-            if SIGNATURES[ending] not in file.read(1000):
-                raise BadInput(f"{path} is there and was not written by this program; name another file")
+    elif Path(path).exists() and SIGNATURES[ending] not in Path(path).read_bytes()[:1000]:
+        raise BadInput(f"{path} is there and was not written by this program; name another file")
 
 
 def read_results(path):
@@ -1255,18 +1205,13 @@ def read_results(path):
         raise BadInput(f"{path} holds no results ({error}); move it away") from error
 
 
-def write_text(path, text):
-    write_whole(path, lambda temporary: temporary.write_bytes(text.encode("utf-8", "replace")))
-
-
 def write_features(encoded, path):
     """Image and report features with the ids of their images, or their places in the list, as .npz."""
     ids = np.array([record.id or str(i) for i, record in enumerate(encoded.records)])
     arrays = {"image_features": encoded.image_features, "image_ids": ids}
     arrays |= {"report_features": encoded.report_features, "report_ids": ids[encoded.report_rows]}
-    file = io.BytesIO()
-    np.savez(file, **arrays)
-    write_whole(path, lambda temporary: temporary.write_bytes(file.getvalue()))
+    with replacing(path) as file:
+        np.savez(file, **arrays)
 
 
 def newest_checkpoint():
@@ -1292,11 +1237,11 @@ def print_table(task, entries, all_metrics=True):
         bounds = f"{entry['low']:.3f} to {entry['high']:.3f}"
         blind, constant = (f"{entry[k]:.3f}" if k in entry else "" for k in ("chance", "constant"))
         say(f"{name:{width}}{entry['value']:8.3f}{bounds:>21}{blind:>8}{constant:>10}{entry['n']:7}")
+        for true, counts in entry.get("confusion", {}).items() if all_metrics else ():
+            say(f"{f'  {true}, predicted as each':{width}}" + "".join(f"{n:6}" for n in counts.values()))
     if len(rows) < len(entries):
         say(f"({len(entries) - len(rows)} more with --all-metrics)")
     for name, entry in entries.items():
-        for i, counts in enumerate(entry.get("confusion", ()) if all_metrics else ()):
-            say(f"{f'images of class {i + 1} predicted as each':{width}}" + "".join(f"{n:6}" for n in counts))
         if task == "zero-shot" and name.startswith("AUROC") and entry["high"] < 0.5:
             say(f"warning: {name} is below 0.5: do its prompts and labels mean the same?")
 
@@ -1328,12 +1273,10 @@ def build_parser():
     positive = number_type(int, 1)
     p = ArgumentParser(description="Evaluate a run of train.py.", allow_abbrev=False)
     p.add_argument("--task", nargs="+", choices=[*TASKS, "all"], default=["zero-shot", "retrieval"])
-    c = p.add_mutually_exclusive_group()
-    c.add_argument("--checkpoint", help="RUN or RUN/best.pt; default the newest run's best")
-    c.add_argument("--compare", nargs="+", metavar="RUN", help="several, side by side on the same records")
-    d = p.add_mutually_exclusive_group()
-    d.add_argument("--data", nargs="+", metavar="NAME[=ROOT]", help="default: what the run was trained on")
-    d.add_argument("--images", nargs="+", metavar="FILE_OR_FOLDER",
+    p.add_argument("--checkpoint", help="RUN or RUN/best.pt; default the newest run's best")
+    p.add_argument("--compare", nargs="+", metavar="RUN", help="several, side by side on the same records")
+    p.add_argument("--data", nargs="+", metavar="NAME[=ROOT]", help="default: what the run was trained on")
+    p.add_argument("--images", nargs="+", metavar="FILE_OR_FOLDER",
                    help="no task and no table: the cosine of these images with the prompt of each class")
     p.add_argument("--split", choices=[*data.SPLITS, "all"], default="test")
     p.add_argument("--limit", type=positive, help="only the first N records of each data set")
@@ -1351,11 +1294,10 @@ def build_parser():
                    help="retrieve among K sentences of each finding, drawn from the reports that the run was "
                         "trained on, instead of the images' reports")
     p.add_argument("--fractions", type=number_type(float, 0.001, 100), nargs="+", default=(1, 10, 100),
-                   metavar="PERCENT", help="of the training patients, for linear-probe and fine-tune")
+                   metavar="PERCENT", help="of the training patients, for linear-probe")
     p.add_argument("--repeats", type=positive, default=5, help="draws of each of them but 100")
     p.add_argument("--out", metavar="FILE", help="results, default RUN/results.json; with --images FILE.csv")
-    p.add_argument("--all-metrics", action="store_true",
-                   help="print all rows, not the main ones alone")
+    p.add_argument("--all-metrics", action="store_true", help="print all rows, not the main ones alone")
     p.add_argument("--gallery", metavar="FILE.png", help="draw images and the reports that they retrieve")
     p.add_argument("--heatmap", metavar="FILE.png", help="draw where images are like their label's prompt")
     p.add_argument("--features", metavar="FILE.npz", help="write features of images and reports, with ids")
@@ -1366,18 +1308,25 @@ def build_parser():
 # fmt: on
 
 
+def parse_args(argv=None):
+    """Command line -> Namespace; options that mean nothing beside another one are refused."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    blank = argparse.Namespace(**dict.fromkeys(vars(args)))  # what is not given stays None
+    given = {name for name, value in vars(parser.parse_args(argv, blank)).items() if value is not None}
+    with_images = {"checkpoint", "images", "classes", "prompt_set", "combine", "out", "device", "threads"}
+    of_one_run = {"checkpoint", "gallery", "heatmap", "features"}
+    for mode, useless in (("images", given - with_images), ("compare", given & of_one_run)):
+        if mode in given and useless:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(useless))
+            parser.error(f"--{mode} does not go with {flags}")
+    return args
+
+
 def load_split(args, run, specs, split):
     """The records of a split of these data sets, read as the run read its own."""
     options = {"views": run.args.views, "uncertain": run.args.uncertain}
     return data.load_records(specs, split, args.limit, **options)
-
-
-def chosen_records(args, run):
-    """The records to evaluate -> (records, words for which they are)."""
-    if args.ids:
-        records = data.listed_records(args.data, data.read_ids(args.ids), run.args.uncertain)
-        return records[: args.limit], f"list {args.ids}"
-    return load_split(args, run, args.data, args.split), f"{args.split} split"
 
 
 def classes_of(runs, findings):
@@ -1388,21 +1337,21 @@ def classes_of(runs, findings):
     return [name for name in findings if chosen and all(name in each for each in chosen)] or None
 
 
-def run_task(task, args, run, encoded):
+def run_task(task, args, run, encoded, others):
     """-> ({metric: Measure}, the options that the task was given)."""
 
     def training():
         return data.hold_out(load_split(args, run, run.args.data, "train"), encoded.records)
 
-    given = {**vars(args), "prompt_set": args.prompt_set or run.args.template, "training": training}
-    given["load"] = partial(load_split, args, run, args.data)
+    given = {**vars(args), "prompt_set": args.prompt_set or run.args.template}
+    given |= {"training": training, "others": others}
     options = {name: given[name] for name in inspect.signature(TASKS[task]).parameters if name in given}
     told = {k: v for k, v in options.items() if not callable(v) and v is not None}
     return TASKS[task](run, encoded, **options), told
 
 
 def result_of(task, args, run, encoded, checkpoint, chosen, measures, options):
-    """-> (name, entry) of a task for results.json. Folders of the data stand in "data" alone."""
+    """-> (name, entry) of a task for results.json; what can change the result is in the name."""
     labels, reports = records_sha256(encoded.records)
     with_report = {record.source for record in encoded.records if record.report}
     labelled = int(encoded.present.any(1).sum())
@@ -1425,11 +1374,7 @@ def result_of(task, args, run, encoded, checkpoint, chosen, measures, options):
         classes = options.get("classes") or encoded.findings
         entry["prompts"] = read_prompts(options["prompt_set"], classes)
         entry["not trained"] = [each for each in classes if each not in run.findings]
-    sets = [
-        f"{name}={Path(root).name}" if root else name
-        for name, _, root in (s.partition("=") for s in args.data)
-    ]
-    parts = [task, str(checkpoint), f"{chosen} of {', '.join(sets)}"]
+    parts = [task, str(checkpoint), f"{chosen} of {', '.join(args.data)}"]
     parts += [f"first {args.limit}"] * bool(args.limit) + [f"{k} {v}" for k, v in options.items()]
     return ", ".join(parts), entry
 
@@ -1444,12 +1389,16 @@ def flags_that_differ(runs):
 
 def groups_by_flags(runs):
     """[{seed: number of the run}, ...]: runs that differ in the seed alone are one group."""
-    groups, flags, seen = {}, list(flags_that_differ(runs).values()), Counter()
+    flags, groups = list(flags_that_differ(runs).values()), []
     for i, run in enumerate(runs):
-        key = str([each[i] for each in flags])
-        groups.setdefault((key, seen[key, run.args.seed]), {})[run.args.seed] = i
-        seen[key, run.args.seed] += 1  # two checkpoints of one run are two groups
-    return list(groups.values())
+        own = [each[i] for each in flags]
+        for of_group, group in groups:
+            if of_group == own and run.args.seed not in group:  # two checkpoints of one run are two groups
+                group[run.args.seed] = i
+                break
+        else:
+            groups.append((own, {run.args.seed: i}))
+    return [group for _, group in groups]
 
 
 # Student's t at 97.5 %, for the mean of so many seeds; more than ten use the last, which is a little wide
@@ -1466,12 +1415,19 @@ def mean_over_seeds(values, sign=""):
     return f"{np.mean(values):{sign}.3f} ± {T_OF[min(len(values), 10)] * error:.3f}"
 
 
+def seeds_compared(first, group):
+    """The second group's values less the first's, {seed: Measure} each, by runs of the same seed -> str."""
+    pairs = [(first[seed], group[seed]) for seed in group if seed in first]
+    if len(first) == len(group) == len(pairs) == 1:
+        value, low, high = difference(*pairs[0])
+        return f"{value:+.3f} ({low:+.3f} to {high:+.3f})"
+    return mean_over_seeds([other.value - one.value for one, other in pairs], "+")
+
+
 def print_comparison(paths, runs, results, all_metrics):
     """Groups of runs that differ in the seed alone, side by side, and each group's difference to the first.
 
-    Groups of one run: paired differences, with intervals over the test set. Groups of several seeds: mean and
-    interval over the seeds, for the differences as well, which are between runs of the same seed.
-
+    Intervals of single runs are over the test set, those of several seeds over the seeds.
     results: [{task: {metric: Measure}} of each run]
     """
     groups = groups_by_flags(runs)
@@ -1480,22 +1436,17 @@ def print_comparison(paths, runs, results, all_metrics):
         say(f"{i}: {', '.join(str(paths[run]) for run in group.values())}")
     for name, values in flags_that_differ([runs[min(group.values())] for group in groups]).items():
         say(f"  --{name.replace('_', '-')}: " + " | ".join(map(str, values)))
-    lines = {"": [*(f"{i:>18}" for i in range(1, len(groups) + 1))]}
-    lines[""] += [f"{f'{i} less 1':>28}" for i in range(2, len(groups) + 1)]
+    numbers = range(1, len(groups) + 1)
+    lines = {"": [f"{i:>18}" for i in numbers] + [f"{f'{i} less 1':>28}" for i in numbers[1:]]}
     for task, measures in results[0].items():
         for metric in rows_shown(task, measures, all_metrics):
-            if not all(metric in each.get(task, ()) for each in results):
-                continue
-            of = [{seed: results[i][task][metric] for seed, i in group.items()} for group in groups]
-            cells = [f"{mean_over_seeds([measure.value for measure in group.values()]):>18}" for group in of]
-            for group in of[1:]:
-                pairs = [(of[0][seed], group[seed]) for seed in group if seed in of[0]]
-                cell = mean_over_seeds([other.value - one.value for one, other in pairs], "+")
-                if len(of[0]) == len(group) == len(pairs) == 1:
-                    value, low, high = difference(*pairs[0])
-                    cell = f"{value:+.3f} ({low:+.3f} to {high:+.3f})"
-                cells.append(f"{cell:>28}")
-            lines[f"{task}  {metric}"] = cells
+            if all(metric in each.get(task, ()) for each in results):
+                of = [{seed: results[i][task][metric] for seed, i in group.items()} for group in groups]
+                means = [mean_over_seeds([each.value for each in group.values()]) for group in of]
+                cells = [f"{mean:>18}" for mean in means]
+                lines[f"{task}  {metric}"] = cells + [
+                    f"{seeds_compared(of[0], group):>28}" for group in of[1:]
+                ]
     for name, cells in lines.items():
         say(f"{name:{max(map(len, lines))}}" + "".join(cells))
 
@@ -1521,17 +1472,16 @@ def score_images(args, run):
     paths, classes = image_paths(args.images), args.classes or run.findings
     texts = encode_findings(run, read_prompts(args.prompt_set or run.args.template, classes)[0])
     loader = image_loader(run, bare_records(paths), collate_fn=list)
+    blank = torch.zeros(1, run.args.image_size, run.args.image_size, dtype=torch.uint8)
     rows = [["image", *(f"cosine {name}" for name in classes), "error"]]
     for items in progress(data.readable(loader), "images", total=len(loader), unit="batch"):
-        good = [image for _, image in items if not isinstance(image, BadInput)]
-        scores = iter(())
-        if good:
-            with run.autocast():
-                features = run.model.encode_image(data.normalise(torch.stack(good).to(run.device)))
-            scores = iter(combined(finite_features([features]), texts, args.combine))
-        for i, image in items:
+        images = torch.stack([blank if isinstance(image, BadInput) else image for _, image in items])
+        with run.autocast():
+            features = run.model.encode_image(data.normalise(images.to(run.device)))
+        scores = combined(finite_features([features]), texts, args.combine)
+        for (i, image), own in zip(items, scores, strict=True):
             bad = isinstance(image, BadInput)
-            cells = [""] * len(classes) if bad else [f"{score:.4f}" for score in next(scores)]
+            cells = [""] * len(classes) if bad else [f"{score:.4f}" for score in own]
             rows.append([str(paths[i]), *cells, str(image).partition("; repair")[0] if bad else ""])
     width = max(len(row[0]) for row in rows[:21])
     say(f"{'cosine with the prompt of':{width}}  {'  '.join(classes)}")
@@ -1544,7 +1494,8 @@ def score_images(args, run):
     if args.out:
         table = io.StringIO(newline="")
         csv.writer(table).writerows(rows)
-        write_text(args.out, table.getvalue())
+        with replacing(args.out) as file:
+            file.write(table.getvalue().encode("utf-8", "replace"))
     if all(row[-1] for row in rows[1:]):
         raise BadInput("none of the images can be read")
 
@@ -1560,18 +1511,24 @@ def evaluate_run(args, path, run, records, chosen, written):
     if new:
         say(f"note: training of {path} had no label {', '.join(new)}")
     encoded, results, out = encode(run, records), {}, args.out or path.parent / "results.json"
+
+    @functools.cache
+    def others(split):
+        return encode(run, of_other_patients(load_split(args, run, args.data, split), records, split))
+
     tasks = list(TASKS) if "all" in args.task else list(dict.fromkeys(args.task))
     for task in tasks:
         try:
-            measures, options = run_task(task, args, run, encoded)
+            measures, options = run_task(task, args, run, encoded, others)
         except Lacking as error:
             if len(tasks) == 1:
                 raise
             say(f"{task} is left out: {error}")
             continue
         name, entry = result_of(task, args, run, encoded, path, chosen, measures, options)
-        write_text(out, json.dumps(read_results(out) | {name: entry}, indent=1) + "\n")
-        written += [out] if out not in written else []
+        with replacing(out) as file:
+            file.write((json.dumps(read_results(out) | {name: entry}, indent=1) + "\n").encode())
+        written[str(out)] = None
         results[task] = measures
         if not args.compare:
             print_table(task, entry["metrics"], args.all_metrics)
@@ -1581,17 +1538,16 @@ def evaluate_run(args, path, run, records, chosen, written):
 
 
 def evaluate(args, written):
-    """Does what the options ask for. `written` gets the files' names."""
+    """Does what the options ask for. `written` gets the names of the files, as keys."""
     torch.set_num_threads(args.threads)
     paths = [run_file(path) for path in args.compare or [args.checkpoint or newest_checkpoint()]]
-    extra = {args.features: ".npz", args.gallery: ".png", args.heatmap: ".png"}
-    extra.pop(None, None)
-    if extra and (args.compare or args.images):
-        raise BadInput(f"{', '.join(extra)}: of one run and its data alone, without --compare and --images")
-    results = (
-        [args.out] if args.out else [] if args.images else [path.parent / "results.json" for path in paths]
-    )
-    for file, ending in {**extra, **dict.fromkeys(results, ".csv" if args.images else ".json")}.items():
+    files = {args.features: ".npz", args.gallery: ".png", args.heatmap: ".png"}
+    if args.images or args.out:
+        files[args.out] = ".csv" if args.images else ".json"
+    else:
+        files |= dict.fromkeys((path.parent / "results.json" for path in paths), ".json")
+    files.pop(None, None)
+    for file, ending in files.items():
         check_output(file, ending)
     runs = [load_run(path) for path in paths]
     for run in runs:
@@ -1599,9 +1555,21 @@ def evaluate(args, written):
         run.model.to(resolve_machine(run.args))
     if args.images:
         score_images(args, runs[0])
-        return
-    args.data = args.data or runs[0].args.data  # all see the same records
-    records, chosen = chosen_records(args, runs[0])
+    else:
+        evaluate_runs(args, paths, runs, written)
+    written |= dict.fromkeys(map(str, files))
+    if written:
+        say(f"\nwritten: {', '.join(written)}")
+
+
+def evaluate_runs(args, paths, runs, written):
+    """The tasks for each run, on the same records; then, of one run, features and pictures."""
+    args.data = args.data or runs[0].args.data
+    if args.ids:
+        records = data.listed_records(args.data, data.read_ids(args.ids), runs[0].args.uncertain)
+        records, chosen = records[: args.limit], f"list {args.ids}"
+    else:
+        records, chosen = load_split(args, runs[0], args.data, args.split), f"{args.split} split"
     args.classes = args.classes or classes_of(runs, data.vocabulary(records))
     measures = []
     for path, run in zip(paths, runs, strict=True):
@@ -1615,29 +1583,27 @@ def evaluate(args, written):
         heatmap(run, encoded, args.heatmap, args.prompt_set, args.classes)
     if args.compare:
         print_comparison(paths, runs, measures, args.all_metrics)
-    say(f"\nwritten: {', '.join(map(str, [*written, *extra]))}")
 
 
 def main(argv=None):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without ± shows a question mark
-    written = []
+    written = {}
     try:
-        evaluate(build_parser().parse_args(argv), written)
+        evaluate(parse_args(argv), written)
         return 0
     except (BadInput, OSError) as error:  # OSError: a folder that cannot be read or written
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        return 2
+        status, sentence = 2, error
     except (RuntimeError, MemoryError) as error:  # torch has no class of its own for either
         if not isinstance(error, MemoryError) and not re.search("DataLoader|memory", str(error)):
             raise
-        print(f"evaluate.py: it failed, maybe for want of memory: {error}", file=sys.stderr)
-        return 2
+        status, sentence = 2, f"it failed, maybe for want of memory: {error}"
     except KeyboardInterrupt:
-        kept = f"{', '.join(map(str, written))} keeps what was done" if written else "nothing was written yet"
-        print(f"evaluate.py: stopped by Ctrl-C; {kept}", file=sys.stderr)
-        return 130
+        kept = f"{', '.join(written)} keeps what was done" if written else "nothing was written yet"
+        status, sentence = 130, f"stopped by Ctrl-C; {kept}"
+    print(f"evaluate.py: {sentence}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

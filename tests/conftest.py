@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import data
+import evaluate
 import train
 
 TINY = (
@@ -39,6 +40,12 @@ def tiny_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("tiny") / "run"
     assert train.main([*TINY, "--out", str(out)]) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def run(tiny_run):
+    """The same, loaded; nobody changes its weights."""
+    return evaluate.load_run(tiny_run)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,12 +14,7 @@ import data
 import evaluate
 import prompts
 from data import BadInput, Record
-from evaluate import combined, drawn_by_patient, encode_findings, fine_tuned, logistic_regression
-
-
-@pytest.fixture(scope="module")
-def run(tiny_run):
-    return evaluate.load_run(tiny_run / "best.pt")
+from evaluate import combined, drawn_by_patient, encode_findings, logistic_regression
 
 
 def records_of(*labels, absent=None, findings="ABC", report="Report {}."):
@@ -56,6 +52,18 @@ def examined(tiny_run, tmp_path_factory):
     return {entry["task"]: entry["metrics"] for entry in json.loads(file.read_text()).values()}
 
 
+@pytest.fixture
+def on_records(tiny_run, tmp_path, monkeypatch):
+    """evaluate.py on the data set "given", {split: records}, with further flags -> exit status."""
+
+    def on_records(splits, *flags):
+        monkeypatch.setitem(data.DATASETS, "given", lambda root, split: splits.get(split, []))
+        fixed = ["--checkpoint", tiny_run, "--data", f"given={tmp_path}", "--out", tmp_path / "r.json"]
+        return evaluate.main([str(flag) for flag in (*fixed, *flags)])
+
+    return on_records
+
+
 # ------------------------------------------------------------------------------------------------ zero-shot
 
 
@@ -74,14 +82,12 @@ def classify(run, monkeypatch):
     return classify
 
 
-def test_zero_shot_takes_the_nearest_prompt(classify):
-    found = classify([[3, 1, 2], [1, 2, 3], [1, 2, 3], [2, 3, 1]], ["A", "C", "B", "B"])
+def test_accuracy_is_over_images_with_exactly_one_of_the_classes_by_the_nearest_prompt(classify):
+    found = classify(
+        [[3, 1, 2], [1, 2, 3], [1, 2, 3], [2, 3, 1], *2 * [[1, 2, 3]]], ["A", "C", *"BB", "AB", ""]
+    )
     assert found["accuracy"].value == 3 / 4 and found["balanced accuracy"].value == 5 / 6
-
-
-def test_accuracy_is_over_images_with_exactly_one_of_the_classes(classify):
-    accuracy = classify([[3, 1, 2]] * 4, ["A", "AB", "", "C"])["accuracy"]
-    assert len(accuracy.arrays[0]) == 2 and accuracy.value == 1 / 2
+    assert len(found["accuracy"].arrays[0]) == 4
 
 
 def test_chance_is_one_of_the_classes_and_the_constant_answer_the_most_frequent(classify):
@@ -97,13 +103,10 @@ def test_classes_restrict_the_choice(classify):
     assert found["accuracy"].value == 1 and len(found["accuracy"].arrays[0]) == 2
 
 
-def test_auroc_leaves_out_what_is_unknown(classify):
-    found = classify([[2, 0, 0], [1, 0, 0], [9, 0, 0], [9, 5, 0]], ["A", "", "", "B"], ["B", "AB", "", ""])
-    assert found["AUROC A"].value == 1 and len(found["AUROC A"].arrays[0]) == 2
-    assert found["AUROC B"].value == 1 and len(found["AUROC B"].arrays[0]) == 3
-
-
-def test_auroc_mean_is_the_mean_over_the_findings(classify):
+def test_auroc_leaves_out_what_is_unknown_and_its_mean_is_over_the_findings(classify):
+    found = classify([[2, 0, 0], [1, 0, 0], [9, 0, 0], [0, 5, 0]], ["A", "", "", "B"], ["B", "AB", "", "A"])
+    assert found["AUROC A"].value == found["AUROC B"].value == 1 and "AUROC C" not in found
+    assert [len(found[f"AUROC {name}"].arrays[0]) for name in "AB"] == [3, 3]
     found = values(classify([[3, 1, 2], [1, 2, 3], [1, 2, 3]], ["A", "C", "B"]))
     assert found["AUROC mean"] == np.mean([found[f"AUROC {name}"] for name in "ABC"])
 
@@ -122,21 +125,14 @@ def test_zero_shot_uses_the_template_of_training(run, monkeypatch):
     assert used == [[1, 1], [1, 1], [3, 3], [3, 3]]
 
 
-PROMPTS = [np.array([[1.0, 0], [0, 1]]), np.array([[0.6, 0.8]])]
+TWO, ONE = np.array([[1.0, 0], [0, 1]]), np.array([[0.6, 0.8]])
 
 
 @pytest.mark.parametrize(
-    ("combine", "scores"),
-    [("mean-embedding", [0.5**0.5, 0.6]), ("mean-similarity", [0.5, 0.6]), ("max", [1, 0.6])],
+    ("combine", "score"), [("mean-embedding", 0.5**0.5), ("mean-similarity", 0.5), ("max", 1)]
 )
-def test_prompts_are_combined_by_hand(combine, scores):
-    assert combined(np.array([[1.0, 0]]), PROMPTS, combine) == pytest.approx(np.array([scores]))
-
-
-def test_with_one_prompt_all_combinations_are_its_cosine():
-    images = np.random.default_rng(0).normal(size=(5, 2))
-    for combine in evaluate.COMBINE:
-        assert combined(images, PROMPTS[1:], combine) == pytest.approx(images @ PROMPTS[1].T)
+def test_prompts_are_combined_by_hand_and_one_prompt_is_its_cosine(combine, score):
+    assert combined(np.array([[1.0, 0]]), [TWO, ONE], combine) == pytest.approx(np.array([[score, 0.6]]))
 
 
 def test_the_pair_score_is_the_difference_between_presence_and_absence(run, monkeypatch):
@@ -150,40 +146,53 @@ def test_the_pair_score_is_the_difference_between_presence_and_absence(run, monk
     }
 
 
+def test_the_threshold_is_the_best_of_the_validation_split(classify):
+    """There A is best called from 2 on and B from 7 on; C is always there, so it has no threshold."""
+    valid = hand_made([[2, 7, 0], [3, 0, 0], [1, 0, 0]], ["ABC", "AC", "C"])
+    found = classify([[2, 0, 0], [1, 5, 0], [5, 6, 0]], ["A", "AB", "C"], others={"valid": valid}.get)
+    assert found["F1 A"].counts["threshold"] == 2 and found["F1 B"].counts["threshold"] == 7
+    # A: found, missed, called by mistake. B: never called, once missed.
+    assert found["F1 A"].value == 1 / 2 and found["MCC A"].value == pytest.approx(-1 / 2)
+    assert found["binary accuracy A"].value == 1 / 3 and found["binary accuracy B"].value == 2 / 3
+    assert found["F1 B"].value == found["MCC B"].value == 0 and found["F1 mean"].value == 1 / 4
+    assert found["F1 A"].chance == 4 / 5 and found["binary accuracy B"].chance == 2 / 3
+    assert not any(name.startswith("F1 C") for name in found)
+
+
+def test_what_training_watches_has_no_threshold(run, monkeypatch):
+    monkeypatch.setattr(evaluate, "at_thresholds", lambda *_: pytest.fail("a threshold was chosen"))
+    scores = evaluate.quick_scores(run, data.load_records(["phantom=16"], "valid", 20))
+    assert list(scores) == ["balanced accuracy", "i2t_P@1"]
+
+
+def test_without_labels_to_choose_a_threshold_by_a_note_says_so(classify, capsys):
+    found = classify(np.eye(3), "ABC", others=lambda split: hand_made(np.eye(3)[:2], "AA"))
+    assert not any(name.startswith(("F1", "MCC", "binary")) for name in found) and "accuracy" in found
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("note: F1, MCC and binary accuracy are left out")
+
+
 # ------------------------------------------------------------------------------------------ prompts of a file
 
 
-@pytest.fixture
-def prompt_file(tmp_path):
-    """Writes a prompt set -> its path."""
-
-    def write(content):
-        path = tmp_path / "prompts.json"
-        path.write_text(content if isinstance(content, str) else json.dumps(content))
-        return str(path)
-
-    return write
-
-
-def test_a_file_of_prompts_with_and_without_negatives(prompt_file):
-    source = prompt_file({"A": ["a", "an a"], "B": {"positive": ["b"], "negative": ["no b"]}, "C": ["c"]})
-    assert evaluate.read_prompts(source, ["B", "A"]) == ({"B": ["b"], "A": ["a", "an a"]}, {"B": ["no b"]})
+def test_a_file_of_prompts_with_and_without_negatives(tmp_path):
+    source = tmp_path / "prompts.json"
+    source.write_text('{"A": ["a", "an a"], "B": {"positive": ["b"], "negative": ["no b"]}, "C": ["c"]}')
+    read = partial(evaluate.read_prompts, str(source))
+    assert read(["B", "A"]) == ({"B": ["b"], "A": ["a", "an a"]}, {"B": ["no b"]})
+    with pytest.raises(BadInput, match="no prompt for 'Gout'; it has A, B, C"):
+        read(["A", "Gout"])
 
 
 NO_PROMPTS = ["", "[]", '{"A": "a"}', '{"A": []}', '{"A": [1]}', '{"A": {"both": ["a"]}}', '{"A": null}']
+NO_PROMPTS += ['{"A": {"positive": "a"}}', "[" * 9999, '{"A": ["\\ud800"]}']
 
 
-@pytest.mark.parametrize(
-    "content", [*NO_PROMPTS, '{"A": {"positive": "a"}}', "[" * 9999, '{"A": ["\\ud800"]}']
-)
-def test_what_is_no_prompt_set_is_refused(prompt_file, content):
+@pytest.mark.parametrize("content", NO_PROMPTS)
+def test_what_is_no_prompt_set_is_refused(tmp_path, content):
+    (tmp_path / "prompts.json").write_text(content)
     with pytest.raises(BadInput, match="prompts.json"):
-        evaluate.read_prompts(prompt_file(content), ["A"])
-
-
-def test_a_class_without_a_prompt_is_named(prompt_file):
-    with pytest.raises(BadInput, match="no prompt for 'Gout'; it has Edema"):
-        evaluate.read_prompts(prompt_file({"Edema": ["edema"]}), ["Gout"])
+        evaluate.read_prompts(str(tmp_path / "prompts.json"), ["A"])
 
 
 # ------------------------------------------------------------------------------------------------ retrieval
@@ -208,49 +217,36 @@ def test_text_to_image_is_image_to_text_with_the_sides_swapped(run):
         assert evaluate.entry_of(one[f"t2i_{metric}"]) == evaluate.entry_of(other[f"i2t_{metric}"])
 
 
-def test_pairs_without_findings_count_for_recall_alone(run):
-    found = evaluate.retrieval(run, hand_made(np.eye(3), ["A", "", "B"]))
-    assert len(found["i2t_P@1"].arrays[0]) == 2 and len(found["i2t_R@1"].arrays[0]) == 3
-
-
-def test_chance_of_retrieval_is_that_of_a_blind_draw(run):
+def test_chance_is_that_of_a_blind_draw_and_pairs_without_findings_count_for_recall_alone(run):
     found = evaluate.retrieval(run, hand_made(np.eye(6), "AAAABB"))
     assert found["i2t_P@1"].chance == found["i2t_P@5"].chance == (4 * 4 + 2 * 2) / 6**2
     assert found["i2t_R@1"].chance == pytest.approx(1 / 6)
     assert found["i2t_R@5"].chance == pytest.approx(5 / 6)
     assert found["i2t_median rank"].value == 1 and found["i2t_median rank"].chance == 3.5
+    found = evaluate.retrieval(run, hand_made(np.eye(3), ["A", "", "B"]))
+    assert len(found["i2t_P@1"].arrays[0]) == 2 and len(found["i2t_R@1"].arrays[0]) == 3
 
 
-def with_reports(encoded, *reports):
-    """The same records with these reports."""
-    pairs = zip(encoded.records, reports, strict=True)
-    return encoded._replace(records=[replace(record, report=report) for record, report in pairs])
-
-
-def test_a_text_that_stands_twice_is_one_candidate_and_right_for_both_images(run):
+def test_a_text_that_stands_twice_is_one_candidate_and_one_query(run):
+    """It is right for both of its images, and looks for any of them."""
     encoded = hand_made(np.eye(3), "AAB", np.eye(3)[[0, 0, 2]])
-    recall = evaluate.retrieval(run, with_reports(encoded, "Normal.", "Normal. ", "Edema."))["i2t_R@1"]
-    assert recall.counts["candidates"] == 2 and len(recall.arrays[0]) == 3
-    assert recall.value == 2 / 3  # the second image is as near to both texts
+    pairs = zip(encoded.records, ("Normal.", "Normal. ", "Edema."), strict=True)
+    records = [replace(record, report=report) for record, report in pairs]
+    found = evaluate.retrieval(run, encoded._replace(records=records))
+    one, other = found["i2t_R@1"], found["t2i_R@1"]
+    assert one.counts["candidates"] == 2 and len(one.arrays[0]) == 3
+    assert one.value == 2 / 3  # the second image is as near to both texts
+    assert other.value == 1 and len(other.arrays[0]) == 2
+    assert other.chance == pytest.approx((2 / 3 + 1 / 3) / 2)
 
 
-def test_a_text_that_stands_twice_is_one_query_and_looks_for_any_of_its_images(run):
-    encoded = hand_made(np.eye(3), "AAB", [[0, 1, 0], [0, 1, 0], [0, 0, 1]])
-    recall = evaluate.retrieval(run, with_reports(encoded, "Normal.", "Normal.", "Edema."))["t2i_R@1"]
-    assert recall.value == 1 and len(recall.arrays[0]) == 2
-    assert recall.chance == pytest.approx((2 / 3 + 1 / 3) / 2)
-
-
-def test_sentences_of_a_finding_are_those_of_its_reports_alone():
+def test_sentences_of_a_finding_are_those_of_its_reports_alone_drawn_by_the_seed():
     reports = "Big heart. Bones intact.", "Wet lungs! Bones intact.", "Air.", None
     records = [
         replace(r, report=text) for r, text in zip(records_of("A", "B", "AB", "A"), reports, strict=True)
     ]
     texts, labels = evaluate.class_sentences(records, ["A", "B"], 1)
     assert texts == ["Big heart.", "Wet lungs!"] and labels.tolist() == [[True, False], [False, True]]
-
-
-def test_same_seed_same_sentences():
     records = data.load_records(["phantom=16"], "test", 100)
     one, same, other = (evaluate.class_sentences(records, ["Edema"], 5, seed)[0] for seed in (0, 0, 1))
     assert one == same != other
@@ -259,25 +255,17 @@ def test_same_seed_same_sentences():
 # ------------------------------------------------------------------------------------------------- transfer
 
 
-def test_a_fraction_takes_all_records_of_its_patients():
+def test_a_fraction_takes_all_records_of_its_patients_drawn_by_the_seed():
     records = [record for record in records_of(*"ABC" * 20) for _ in range(2)]
-    drawn = drawn_by_patient(records, 10, seed=0)
-    patients = {record.patient for record in drawn}
-    assert len(patients) == 6 and drawn == [record for record in records if record.patient in patients]
+    drawn, same, other = (drawn_by_patient(records, 10, seed) for seed in (0, 0, 1))
+    patients = {records[row].patient for row in drawn}
+    assert len(patients) == 6 and drawn == same != other
+    assert drawn == [row for row, record in enumerate(records) if record.patient in patients]
+    assert len(drawn_by_patient(records, 0.1, seed=0)) == 2  # at least one patient
 
 
-def test_the_smallest_fraction_is_one_patient():
-    assert len(drawn_by_patient(records_of(*"ABC"), 0.1, seed=0)) == 1
-
-
-def test_another_seed_draws_other_patients():
-    records = records_of(*"ABC" * 20)
-    one, same, other = (drawn_by_patient(records, 10, seed) for seed in (0, 0, 1))
-    assert one == same != other
-
-
-def problem(seed=0):
-    rng = np.random.default_rng(seed)
+def problem():
+    rng = np.random.default_rng(0)
     x = torch.tensor(rng.normal(size=(200, 4)), dtype=torch.float32)
     present = torch.tensor(rng.random((200, 2)) < 0.4) | (x[:, :2] > 0.5)
     absent = ~present & torch.tensor(rng.random((200, 2)) < 0.8)
@@ -293,129 +281,66 @@ def test_the_regression_ends_where_its_gradient_vanishes():
     assert torch.allclose(error.sum(0), torch.zeros(2), atol=1e-4)
 
 
-def test_what_is_unknown_does_not_change_the_regression():
+def test_neither_what_is_unknown_nor_a_finding_without_a_positive_disturbs_the_regression():
     x, present, absent = problem()
     other = x.clone()
     other[~(present | absent).any(1)] = 9.0
     one, same = (logistic_regression(each, present, absent, 0.1) for each in (x, other))
     assert torch.equal(one, same)
-
-
-def test_a_finding_without_any_positive_is_no_obstacle():
-    x, present, absent = problem()
-    weight = logistic_regression(x, present & torch.tensor([True, False]), absent, 0.1)
-    assert weight.isfinite().all()
+    assert logistic_regression(x, present & torch.tensor([True, False]), absent, 0.1).isfinite().all()
 
 
 def test_other_splits_have_what_is_known_of_patients_that_are_not_evaluated():
     """The last record has no finding: it is known to lack A. Of the one before nothing is known."""
     records = records_of("A", "B", "C", "", "", absent=["", "", "", "", "A"])
-    encoded = hand_made(np.eye(3)[:1], "A")._replace(records=records[:1])
-    splits = evaluate.other_splits(encoded, lambda split: records)
-    assert [[record.id for record in split] for split in splits] == [["1", "2", "4"]] * 2
-
-
-def test_without_a_training_record_it_says_so():
-    encoded = hand_made(np.eye(3)[:1], "A")
+    others = evaluate.of_other_patients(records, records[:1], "train")
+    assert [record.id for record in others] == ["1", "2", "4"]
     with pytest.raises(BadInput, match="train"):
-        list(evaluate.other_splits(encoded, lambda split: encoded.records))
-
-
-def test_a_validation_split_that_cannot_choose_is_refused():
-    with pytest.raises(BadInput, match="valid"):
-        evaluate.validation_labels(records_of("A", "A"), ["A"])
-
-
-def transferred(encoded, percent, scores):
-    """Of classifiers with these (N, C, T) scores."""
-    score = lambda records, draw: scores[..., draw]  # noqa: E731
-    return evaluate.transfer(encoded, encoded.records, [percent], scores.shape[2], score, "a test")
+        evaluate.of_other_patients(records[:1], records[:1], "train")
 
 
 def test_transfer_is_the_mean_over_the_training_draws_and_its_interval_draws_them():
-    scores = np.stack([np.eye(3), np.roll(np.eye(3), 1, axis=1)], axis=2)  # all right, all wrong
-    accuracy = transferred(hand_made(np.eye(3), "ABC"), 1, scores)["1 % accuracy"]
+    scores = [np.eye(3), np.roll(np.eye(3), 1, axis=1)]  # all right, all wrong
+    accuracy = evaluate.transfer(hand_made(np.eye(3), "ABC"), {1: scores})["1 % accuracy"]
     entry = evaluate.entry_of(accuracy)
     assert entry["value"] == 0.5 and entry["spread"] == pytest.approx(0.5**0.5) and entry["trained"] == 2
     assert (entry["low"], entry["high"]) == (0, 1)
     worse = accuracy._replace(arrays=(np.zeros_like(accuracy.arrays[0]),))
     assert evaluate.difference(worse, accuracy) == (0.5, 0, 1)
+    several = hand_made(np.eye(3), ["AB", "B", "C"])  # findings an image: there is no accuracy
+    assert evaluate.transfer(several, {10: [np.eye(3)]}).keys() == {"10 % AUROC mean"}
 
 
-def test_transfer_of_several_findings_an_image_is_by_auroc():
-    encoded = hand_made(np.eye(3), ["AB", "B", "C"])
-    assert transferred(encoded, 10, np.eye(3)[..., None]).keys() == {"10 % AUROC mean"}
-
-
-def test_a_linear_probe_reads_what_the_features_hold(run, monkeypatch):
-    rng, records = np.random.default_rng(0), records_of(*"ABC" * 60)
-
-    def known_features(run, records):
-        labels = ["".join(record.findings) for record in records]
-        clean = np.eye(3)[["ABC".index(label) for label in labels]]
-        return hand_made(clean + 0.05 * rng.normal(size=clean.shape), labels)._replace(records=records)
-
-    monkeypatch.setattr(evaluate, "encode", known_features)
-    splits = {"train": records[60:120], "valid": records[120:]}
-    encoded = known_features(run, records[:60])
-    found = evaluate.linear_probe(run, encoded, load=splits.get, fractions=(20, 100), repeats=2)
+def test_a_linear_probe_reads_what_the_features_hold_and_needs_labels_to_choose_by(run):
+    rng, labels = np.random.default_rng(0), "ABC" * 20
+    clean = np.eye(3)[["ABC".index(label) for label in labels]]
+    encoded, train, valid = (hand_made(clean + 0.05 * rng.normal(size=clean.shape), labels) for _ in range(3))
+    others = {"train": train, "valid": valid}
+    found = evaluate.linear_probe(run, encoded, others=others.get, fractions=(20, 100), repeats=2)
     assert found["100 % accuracy"].value == 1 and found["20 % accuracy"].trained == 2
     assert found["100 % accuracy"].constant == pytest.approx(1 / 3)
+    others["valid"] = hand_made(np.eye(2), "AA")
+    with pytest.raises(BadInput, match="valid"):
+        evaluate.linear_probe(run, encoded, others=others.get)
 
 
-def test_the_probe_names_its_fractions(examined):
+def test_results_name_the_fractions_the_variants_and_the_norms(run, examined):
     metrics = [f"{percent} % {metric}" for percent in (10, 100) for metric in ("accuracy", "AUROC mean")]
     assert list(examined["linear-probe"]) == metrics
     assert [entry["trained"] for entry in examined["linear-probe"].values()] == [2, 2, 1, 1]
-
-
-def test_fine_tuning_learns_what_the_labels_say(run):
-    """Bright or dark: of each kind twenty training images."""
-    records = [
-        replace(record, image=np.full((16, 16), 200 if "B" in record.findings else 40, np.uint8))
-        for record in records_of(*"AB" * 30)
-    ]
-    encoded, splits = evaluate.encode(run, records[40:]), {"train": records[:30], "valid": records[30:40]}
-    assert evaluate.fine_tune(run, encoded, load=splits.get, fractions=(100,))["100 % accuracy"].value == 1
-
-
-@pytest.mark.parametrize("task", [evaluate.linear_probe, evaluate.fine_tune])
-def test_a_training_image_that_cannot_be_read_is_named(run, task, tmp_path):
-    records = data.load_records(["phantom=16"], "test", 32)
-    records[12] = replace(records[12], image=tmp_path / "bad-12.png")
-    encoded, splits = evaluate.encode(run, records[:10]), {"train": records[10:21], "valid": records[21:]}
-    with pytest.raises(BadInput, match="bad-12.png"):
-        task(run, encoded, load=splits.get, fractions=(100,))
-
-
-def test_fine_tuning_leaves_the_run_as_it_was(run):
-    before = {name: value.clone() for name, value in run.model.state_dict().items()}
-    records = data.load_records(["phantom=16"], "test", 20)
-    fine_tuned(run, records, records, data.vocabulary(records), seed=0)
-    assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
-
-
-def test_fine_tuning_keeps_the_weights_that_were_best_on_the_validation_records(run, monkeypatch):
-    records, fits = data.load_records(["phantom=16"], "test", 20), iter([0.5, 0.7, *[0.6] * 9])
-    seen = []
-    keep = lambda run, tower, records: seen.append(tower[1].weight.clone())  # noqa: E731
-    monkeypatch.setattr(evaluate, "tower_scores", keep)
-    monkeypatch.setattr(evaluate, "mean_auroc", lambda *_: next(fits))
-    tower = fine_tuned(run, records, records, data.vocabulary(records), seed=0)
-    assert torch.equal(tower[1].weight, seen[1]) and len(seen) == 2 + evaluate.ROUNDS_TO_WAIT
+    variants = prompts.variants(data.PHANTOM_FINDINGS, "caption").keys()
+    assert examined["prompt-sensitivity"].keys() == {"mean", "worst", "spread"} | variants
+    norms = run.model.prompt.context.norm(dim=1)
+    assert examined["prompt-words"]["norm of the vectors"]["value"] == pytest.approx(norms.mean().item())
 
 
 # -------------------------------------------------------------------------------------------------- wording
 
 
-def test_the_first_variant_is_the_trained_prompt():
-    first = next(iter(prompts.variants(["Edema"], "caption").values()))
-    assert first == {"Edema": [prompts.label_prompt("Edema", "caption")]}
-
-
 @pytest.mark.parametrize("template", prompts.TEMPLATES)
-def test_no_two_variants_are_the_same(template):
-    found = prompts.variants(["Edema", "Gout"], template).values()
+def test_the_first_variant_is_the_trained_prompt_and_no_two_are_the_same(template):
+    found = list(prompts.variants(["Edema", "Gout"], template).values())
+    assert found[0] == {name: [prompts.label_prompt(name, template)] for name in ("Edema", "Gout")}
     texts = [tuple(map(tuple, each.values())) for each in found]
     assert len(texts) == len(set(texts))
 
@@ -430,43 +355,26 @@ def test_mean_worst_and_spread_are_those_of_the_variants(run, monkeypatch):
     assert found["spread"].chance is None and found["mean"].constant == found["mean"].chance == 1 / 3
 
 
-def test_sensitivity_shows_every_variant(examined):
-    names = prompts.variants(data.PHANTOM_FINDINGS, "caption").keys()
-    assert examined["prompt-sensitivity"].keys() == {"mean", "worst", "spread"} | names
-
-
 # --------------------------------------------------------------------- continuous prompt and false negatives
 
 
-def test_the_distance_is_that_of_the_centres(run, monkeypatch):
+def test_distances_and_cosines_of_prompts_and_reports_by_hand(run, monkeypatch):
     features = lambda run, texts, as_prompts: np.eye(3)[:2] * (1 + as_prompts)  # noqa: E731
     monkeypatch.setattr(evaluate, "encode_texts", features)
-    found = evaluate.prompt_words(run, hand_made(np.eye(3)[:2], "AB", np.zeros((2, 3))))
-    assert found["distance to the reports, without"].value == pytest.approx(0.5**0.5)
-    assert found["distance to the reports, with the vectors"].value == pytest.approx(2 * 0.5**0.5)
+    found = values(evaluate.prompt_words(run, hand_made(np.eye(3)[:2], "AB", np.zeros((2, 3)))))
+    assert found["distance to the reports, without"] == pytest.approx(0.5**0.5)
+    assert found["distance to the reports, with the vectors"] == pytest.approx(2 * 0.5**0.5)
+    found = values(evaluate.prompt_words(run, hand_made(np.eye(3)[:2], "AB", [[0.8, 0.6, 0], [0, 1, 0]])))
+    assert found["cosine with the own reports, without"] == pytest.approx(0.9)
+    assert found["cosine with other reports, without"] == pytest.approx(0.3)
 
 
-def test_own_and_other_reports_are_told_apart(run, monkeypatch):
-    monkeypatch.setattr(evaluate, "encode_texts", lambda run, texts, as_prompts: np.eye(3)[:2])
-    found = evaluate.prompt_words(run, hand_made(np.eye(3)[:2], "AB", [[0.8, 0.6, 0], [0, 1, 0]]))
-    assert found["cosine with the own reports, without"].value == pytest.approx(0.9)
-    assert found["cosine with other reports, without"].value == pytest.approx(0.3)
-
-
-def test_the_norms_of_the_vectors_are_shown(run, examined):
-    norms = run.model.prompt.context.norm(dim=1)
-    assert examined["prompt-words"]["norm of the vectors"]["value"] == pytest.approx(norms.mean().item())
-
-
-def test_pairs_are_counted_by_hand(run):
+def test_pairs_are_counted_and_compared_by_hand(run):
     """Of six ordered pairs the two with {A} twice are equal, and {A} is a subset of {A, B} twice."""
     found = evaluate.false_negatives(run, hand_made(np.eye(3), ["A", "A", "AB"]))
     all_pairs = run.args.batch_size * (run.args.batch_size - 1)
     counts = [found[f"{k}: pairs, of {all_pairs} in a batch"].value for k in ("equal", "subset", "other")]
     assert counts == pytest.approx([all_pairs / 3] * 3)
-
-
-def test_pairs_that_are_nearer_than_real_negatives_have_an_auroc_of_one(run):
     found = evaluate.false_negatives(run, hand_made([[1, 0, 0], [1, 0, 0], [0, 1, 0]], "AAB"))
     assert found["equal: AUROC against other"].value == found["equal: cosine"].value == 1
     assert found["other: cosine"].value == 0
@@ -558,13 +466,9 @@ def test_pictures_are_drawn_on_demand(tiny_run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flag", "lacking"), [("--gallery", "reports"), ("--heatmap", "exactly one finding")]
 )
-def test_a_picture_without_its_data_is_refused_after_the_results(
-    tiny_run, tmp_path, monkeypatch, capsys, flag, lacking
-):
+def test_a_picture_without_its_data_is_refused_after_the_results(on_records, tmp_path, capsys, flag, lacking):
     several = [replace(record, report=None) for record in records_of("AB", "BC", "AC")]
-    monkeypatch.setitem(data.DATASETS, "several", lambda root, split: several)
-    flags = ["--data", f"several={tmp_path}", "--task", "zero-shot", flag, str(tmp_path / "x.png")]
-    assert evaluate.main(["--checkpoint", str(tiny_run), *flags, "--out", str(tmp_path / "r.json")]) == 2
+    assert on_records({"test": several}, "--task", "zero-shot", flag, tmp_path / "x.png") == 2
     assert lacking in capsys.readouterr().err and (tmp_path / "r.json").exists()
 
 
@@ -580,22 +484,18 @@ BARE = [*([task] for task in evaluate.TASKS), ["all"], ["zero-shot", "retrieval"
 
 
 @pytest.mark.parametrize("flags", [*BARE, ["retrieval", "--sentences", "3"]], ids=" ".join)
-def test_tasks_without_their_data_are_refused(tiny_run, flags, tmp_path, monkeypatch, capsys):
+def test_tasks_without_their_data_are_refused(on_records, flags, capsys):
     bare = [Record(np.zeros((8, 8), np.uint8), None, frozenset(), "1", "bare", id="1")]
-    monkeypatch.setitem(data.DATASETS, "bare", lambda root, split: bare)
-    flags = ["--data", f"bare={tmp_path}", "--task", *flags, "--out", str(tmp_path / "r.json")]
-    assert evaluate.main(["--checkpoint", str(tiny_run), *flags]) == 2
+    assert on_records(dict.fromkeys(data.SPLITS, bare), "--task", *flags) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_of_several_tasks_those_without_training_records_are_left_out(
-    tiny_run, tmp_path, monkeypatch, capsys
-):
-    test = data.load_records(["phantom=16"], "test", 20)
-    monkeypatch.setitem(data.DATASETS, "tests", lambda root, split: test if split == "test" else [])
-    flags = ["--data", f"tests={tmp_path}", "--task", "zero-shot", "linear-probe", "prompt-sensitivity"]
-    assert evaluate.main(["--checkpoint", str(tiny_run), *flags, "--out", str(tmp_path / "r.json")]) == 0
-    assert "linear-probe is left out: tests has no record in its split 'train'" in capsys.readouterr().out
+def test_of_several_tasks_those_without_training_records_are_left_out(on_records, tmp_path, capsys):
+    test = {"test": data.load_records(["phantom=16"], "test", 20)}
+    assert on_records(test, "--task", "zero-shot", "linear-probe", "prompt-sensitivity") == 0
+    printed = capsys.readouterr().out
+    assert "linear-probe is left out: given has no record in its split 'train'" in printed
+    assert "note: F1, MCC and binary accuracy are left out" in printed
     entries = json.loads((tmp_path / "r.json").read_text()).values()
     assert [entry["task"] for entry in entries] == ["zero-shot", "prompt-sensitivity"]
 

@@ -579,12 +579,12 @@ def test_what_is_no_checkpoint_is_refused_by_name(tiny_run, tmp_path, capsys, ki
 def test_a_checkpoint_cut_while_it_is_written_leaves_the_old_one(pretrain, tmp_path, monkeypatch):
     saved, save = [], torch.save
 
-    def fail_at_the_third(content, path):
-        saved.append(path)
+    def fail_at_the_third(content, file):
+        saved.append(content)
         if len(saved) == 3:
-            Path(path).write_text("half a file")
+            file.write(b"half a file")
             raise OSError("no space left on device")
-        save(content, path)
+        save(content, file)
 
     monkeypatch.setattr(torch, "save", fail_at_the_third)  # after the start's and the first epoch's
     assert pretrain("--epochs", 2) == 2
