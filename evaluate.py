@@ -2,7 +2,7 @@
 
     python evaluate.py                                      zero-shot and retrieval of the newest run
     python evaluate.py --task retrieval --gallery out.png   and a picture of what was retrieved
-    python evaluate.py --task linear-probe prompt-sensitivity prompt-words false-negatives
+    python evaluate.py --task linear-probe prompt-sensitivity prompt-words
     python evaluate.py --heatmap out.png                    where an image is like the prompt of its finding
     python evaluate.py --compare runs/umcl runs/umcl-label-mask-none
     python evaluate.py --task zero-shot --data nih-chestxray14=FOLDER covid-chestxray=FOLDER \\
@@ -50,7 +50,6 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 import data
 import prompts
-import umcl
 from data import ArgumentParser, BadInput, Lacking, number_type
 from umcl import UMCL, SwinTransformer, TextEncoder
 
@@ -639,7 +638,7 @@ class Scored(NamedTuple):
                 yield name, scores[known], present[known], self.patients[known]
 
 
-def zero_shot(run, encoded, *, prompt_set=None, combine="mean-embedding", classes=None, others=None):
+def zero_shot(run, encoded, *, prompt_set=None, combine="mean-embedding", classes=None, valid=None):
     """Classification by label prompts (paper) -> {metric: Measure}; see classification and at_thresholds.
 
     "pair AUROC" is by a finding's score less that of the prompts of its absence (family: CheXzero, whose
@@ -647,7 +646,7 @@ def zero_shot(run, encoded, *, prompt_set=None, combine="mean-embedding", classe
 
     prompt_set: see read_prompts; None is the template of training. combine: see COMBINE.
     classes: names; None takes all findings of the records.
-    others: split -> Encoded of its labelled images of patients not evaluated; None leaves thresholds out.
+    valid: function -> Encoded, labelled images to choose thresholds by; None leaves these metrics out.
     """
     classes, present, absent = chosen_classes(encoded, classes)
     positive, negative = read_prompts(prompt_set or run.args.template, classes)
@@ -668,11 +667,11 @@ def zero_shot(run, encoded, *, prompt_set=None, combine="mean-embedding", classe
         measures |= by_finding("pair AUROC", auroc, pair) | by_finding("absence AUROC", auroc, swapped)
     if not measures:
         raise Lacking("zero-shot needs labels of two classes, and these data have none")
-    if others:
+    if valid:
         try:
-            valid = others("valid")
-            labels = (each.numpy() for each in data.label_matrices(valid.records, classes))
-            measures |= at_thresholds(found, scored(valid, *labels))
+            encoded = valid()
+            labels = (each.numpy() for each in data.label_matrices(encoded.records, classes))
+            measures |= at_thresholds(found, scored(encoded, *labels))
         except BadInput as error:
             say(f"note: F1, MCC and binary accuracy are left out, for want of a threshold: {error}")
     return measures
@@ -994,49 +993,12 @@ def prompt_words(run, encoded):
     return measures
 
 
-def false_negatives(run, encoded, *, pairs_of=2000):
-    """What the label mask removes, and whether these pairs are alike (the paper shows no direct evidence).
-
-    Pairs of an image and another image's report, both with known findings, among at most `pairs_of` records.
-    "equal": the same findings, a disease among them; the mask removes these. "subset": the report's findings
-    are some of the image's; the rule of label prompts would remove these, too. "other": real negatives.
-    Of each kind: the number in a random batch; over images, the mean cosine and the probability that such a
-    text is nearer than a real negative.
-    """
-    rows = np.flatnonzero(encoded.present[encoded.report_rows].any(1))
-    if len(rows) < 2:
-        raise Lacking("false-negatives needs two reports with labels, and these data have none")
-    rows = np.sort(np.random.default_rng(0).permutation(rows)[:pairs_of])
-    of_images, described = encoded.report_rows[rows], torch.from_numpy(encoded.report_labels[rows])
-    similarity = encoded.image_features[of_images] @ encoded.report_features[rows].T
-    equal, subset = (umcl.label_mask(described, described, rule).numpy() for rule in ("equal", "subset"))
-    others, patients = ~np.eye(len(rows), dtype=bool), encoded.patients[of_images]
-    equal, subset, real = equal & others, subset & ~equal & others, ~subset & ~equal & others
-    pairs_in_batch, measures = run.args.batch_size * (run.args.batch_size - 1), {}
-
-    def measure(name, values, rows, chance=None):
-        if len(rows):
-            measures[name] = Measure(np.mean, (np.array(values),), chance, patients=patients[rows])
-
-    for kind, pairs in (("equal", equal), ("subset", subset), ("other", real)):
-        expected = pairs.sum(1) / (len(rows) - 1) * pairs_in_batch
-        measure(f"{kind}: pairs, of {pairs_in_batch} in a batch", expected, np.arange(len(rows)))
-        having = np.flatnonzero(pairs.any(1))
-        measure(f"{kind}: cosine", [similarity[i, pairs[i]].mean() for i in having], having)
-        if kind != "other":
-            both, known = having[real[having].any(1)], pairs | real
-            nearer = [auroc(similarity[i, known[i]], pairs[i, known[i]]) for i in both]
-            measure(f"{kind}: AUROC against other", nearer, both, chance=0.5)
-    return measures
-
-
 TASKS = {
     "zero-shot": zero_shot,
     "retrieval": retrieval,
     "linear-probe": linear_probe,
     "prompt-sensitivity": prompt_sensitivity,
     "prompt-words": prompt_words,
-    "false-negatives": false_negatives,
 }
 # The rows that the screen shows without --all-metrics; of the other tasks all.
 MAIN_ROWS = {
@@ -1345,6 +1307,7 @@ def run_task(task, args, run, encoded, others):
 
     given = {**vars(args), "prompt_set": args.prompt_set or run.args.template}
     given |= {"training": training, "others": others}
+    given["valid"] = partial(others, "valid") if args.all_metrics else None
     options = {name: given[name] for name in inspect.signature(TASKS[task]).parameters if name in given}
     told = {k: v for k, v in options.items() if not callable(v) and v is not None}
     return TASKS[task](run, encoded, **options), told
