@@ -65,8 +65,13 @@ def build(dtype, *flags):
     run = train.new_run(train.parse_args([*TINY, *flags]), records())
     run.model.to(dtype).train()
     run.model.log_scale.data.zero_()
-    batches = train.training_loader(run, records(), 0).dataset
-    return run, lambda rows: batches[0, rows]
+    batches = train.training_loader(run, records(), [0]).dataset
+
+    def batch_of(rows):
+        batches.rows = lambda step: (0, rows)
+        return batches[0]
+
+    return run, batch_of
 
 
 def gradients(run, loss):
@@ -266,21 +271,26 @@ def test_an_error_in_one_of_several_processes_is_said_and_ends_all(flags, tmp_pa
     assert "another process" in said[0][0] and "train0.png" in said[1][0] and len(sum(said, [])) == 2
 
 
+def batch_rows(args, count):
+    """What each of the steps of two epochs takes of so many records: [(epoch, rows), ...]."""
+    batches = train.Batches(args, range(count), None)
+    return [batches.rows(step) for step in range(2 * (count // 4))]
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_processes_share_out_every_batch(options, monkeypatch, world):
-    args, keys = options("--batch-size", 4, "--epochs", 2), []
+    args, each = options("--batch-size", 4), []
+    whole = batch_rows(args, 14)
     monkeypatch.setattr(train, "processes", lambda: world)
     for rank in range(world):
         monkeypatch.setattr(train, "rank", lambda rank=rank: rank)
-        keys.append(list(train.batch_keys(args, range(14), 0)))
-    assert {len(each) for each in keys} == {6}
-    monkeypatch.undo()
-    for whole, *shares in zip(train.batch_keys(args, range(14), 0), *keys, strict=True):
-        assert {epoch for epoch, _ in shares} == {whole[0]}
-        assert sorted(sum((rows for _, rows in shares), [])) == sorted(whole[1])
+        each.append(batch_rows(args, 14))
+    for (epoch, rows), *shares in zip(whole, *each, strict=True):
+        assert {share[0] for share in shares} == {epoch}
+        assert sorted(sum((share[1] for share in shares), [])) == sorted(rows)
 
 
 def test_an_epoch_sees_no_record_twice_and_another_order_each_time(options):
-    keys = list(train.batch_keys(options("--batch-size", 4, "--epochs", 2), range(12), 0))
-    epochs = [sum((rows for e, rows in keys if e == epoch), []) for epoch in (0, 1)]
+    steps = batch_rows(options("--batch-size", 4), 12)
+    epochs = [sum((rows for e, rows in steps if e == epoch), []) for epoch in (0, 1)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(12)) and epochs[0] != epochs[1]
