@@ -1,5 +1,6 @@
 """What the tests share: no network, one thread, phantoms drawn once, and one tiny run."""
 
+import itertools
 import json
 import multiprocessing
 from functools import lru_cache
@@ -22,6 +23,23 @@ TINY = (
 # yet: copies of the process that runs the tests could not use autograd where there is a GPU.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["pytest", "train"])
+
+
+def log(folder):
+    """The lines of a run's log about steps, and those about epochs."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line], [line for line in lines if "loss" not in line]
+
+
+def state(folder, file="last.pt"):
+    return torch.load(folder / file, weights_only=True)
+
+
+def refusal(capsys):
+    """The one line on stderr beside the progress bar, behind the name of the script."""
+    lines = [line.partition(": ") for line in capsys.readouterr().err.splitlines()]
+    (said,) = [sentence for script, _, sentence in lines if script in ("train.py", "evaluate.py")]
+    return said
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -51,6 +69,22 @@ def pretrain(tmp_path):
 def options():
     """Flags on top of the tiny ones -> the Namespace that train wants."""
     return lambda *flags: train.parse_args([*TINY, *map(str, flags)])
+
+
+@pytest.fixture
+def before_step(monkeypatch):
+    """Has a function called before each training step to come: with its number, from 1, run and batch."""
+
+    def prepare(act):
+        numbers, training_step = itertools.count(1), train.training_step
+
+        def step(run, batch, *rest):
+            act(next(numbers), run, batch)
+            return training_step(run, batch, *rest)
+
+        monkeypatch.setattr(train, "training_step", step)
+
+    return prepare
 
 
 @pytest.fixture
