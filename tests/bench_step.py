@@ -136,7 +136,7 @@ def reports(pieces, batch, precision, device):
 
 def our_step(batch, precision, device, compiled=False):
     """Our Swin-T and BERT-base, random, and images with 1 to 3 of C findings, batched as training does it."""
-    flags = f"--preset paper --device {device} --precision {precision} --out not-written"
+    flags = f"--preset paper --device {device} --precision {precision} --workers 0 --out none"
     args, names = train.parse_args(flags.split()), [f"finding {i}" for i in range(C)]
     bert = BertModel(BertConfig(), add_pooling_layer=False)
     tokenizer = train.wrap_tokenizer(train.learn_tokenizer(names).to_str())
