@@ -437,13 +437,13 @@ def losses(args, batch, features, scale):
     Returns {"report" or "prompt": (() float loss, (N, N) bool F or None, N)}, those that the batch has.
     """
     counts = len(batch.rows), len(batch.report_rows), len(batch.prompt_labels)
-    images, reports, prompts = features[: sum(counts)].split(counts)  # (B, D), (R, D), (P, D)
+    images, reports, distinct = features[: sum(counts)].split(counts)  # (B, D), (R, D), (P, D)
     named = batch.prompt_labels[batch.prompt_index]  # (Q, C), one finding each
     possible = ~batch.absent[batch.prompt_rows]  # (Q, C): an unknown finding makes no negative
     labels, numbers = batch.report_labels, named.int().argmax(1)
     pairs = {  # features of images and of texts; labels of both, for the mask; numbers of equal texts
         "report": (images[batch.report_rows], reports, labels, labels, batch.report_ids),
-        "prompt": (images[batch.prompt_rows], prompts[batch.prompt_index], possible, named, numbers),
+        "prompt": (images[batch.prompt_rows], distinct[batch.prompt_index], possible, named, numbers),
     }
     found = {}
     for kind, tensors in pairs.items():
@@ -539,17 +539,14 @@ def load_splits(args):
             if split == "train" and missing:
                 raise BadInput(f"--findings {', '.join(sorted(missing))}: no training record has it")
             records = data.restricted(records, frozenset(args.findings))
-        splits.append(without_listed(records, listed, split, args.workers) if listed else records)
+        if listed:
+            others = data.hold_out(records, listed)
+            copies = set(data.near_copies(others, listed, args.workers))
+            held_out = f"{len(records) - len(others):,} are held out by patient and {len(copies):,} more"
+            print_once(f"{split}: of {len(records):,} images {held_out} by picture")
+            records = [record for record in others if record not in copies]
+        splits.append(records)
     return splits
-
-
-def without_listed(records, listed, split, workers):
-    """Records without the listed patients and without near copies of the listed images; says how many."""
-    others = data.hold_out(records, listed)
-    copies = set(data.near_copies(others, listed, workers))
-    by_patient = f"of {len(records):,} images {len(records) - len(others):,} are held out by patient"
-    print_once(f"{split}: {by_patient} and {len(copies):,} more by picture")
-    return [record for record in others if record not in copies]
 
 
 def mislabelled(records, noise, seed):
@@ -577,8 +574,9 @@ def training_records(args, records):
             "that it uses is present in one image and absent in another"
         )
     kept = list(itertools.compress(records, reports | (present | absent).any(1)))
-    if left_out := len(records) - len(kept):
-        print_once(f"{left_out:,} of {len(records):,} images left out: without a report or label")
+    numbers = f"{reports.sum():,} with a report and {present.any(1).sum():,} with a finding"
+    left_out = f"{len(records) - len(kept):,} of {len(records):,} images left out"
+    print_once(f"{len(kept):,} training images, {numbers}; {left_out}, which have no report or label")
     return kept
 
 
@@ -699,11 +697,11 @@ class Progress:
             self.skipped_in_a_row = (self.skipped_in_a_row + 1) * int(skipped)
             self.idle_in_a_row = (self.idle_in_a_row + 1) * (loss == norm == 0)
             if self.skipped_in_a_row >= MAX_SKIPPED:
-                fault = f"loss or gradient was not finite in {MAX_SKIPPED} steps one after the other; "
-                fault += "try a lower --lr, or --precision fp32"
+                fault = f"not finite in {MAX_SKIPPED} steps in a row; try a lower --lr, or --precision fp32"
             elif self.idle_in_a_row >= MAX_IDLE:
-                fault = f"loss and gradient were exactly 0 in the last {MAX_IDLE} steps: no image has a "
-                fault += "negative; `python data.py summary` shows the labels"
+                fault = (
+                    f"exactly 0 in the last {MAX_IDLE} steps: no image has a negative, see data.py summary"
+                )
         return fault
 
 
@@ -804,10 +802,8 @@ class Recorder:
         if score >= progress.best:
             progress.best = score
             evaluate.save_checkpoint(self.out / "best.pt", self.run, where | scores)
-        told = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
-        self.bar.write(
-            f"epoch {progress.epoch}: {told or 'nothing to validate by; the last epoch is the best'}"
-        )
+        told = [f"{name} {value:.3f}" for name, value in scores.items()] or ["nothing to validate by"]
+        self.bar.write(f"epoch {progress.epoch}: {', '.join(told)}")
         self.since = progress.step, time.time()
 
     def record(self, step, lr, loss, norm, skipped, parts):
@@ -830,7 +826,7 @@ class Recorder:
             self.bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
             self.since = step, now
         if fault:
-            raise BadInput(f"step {step}: {fault}; {self.out}/last.pt is as it was saved before")
+            raise BadInput(f"loss or gradient was {fault}; {self.out}/last.pt is as it was saved before")
         if save_now:
             self.save()
         if epoch_ends:
@@ -839,14 +835,6 @@ class Recorder:
     def close(self):
         self.bar.close()
         self.log.close()
-
-
-def print_sizes(run, records, valid):
-    """What there is to learn from and what learns."""
-    reports, labelled = sum(r.report is not None for r in records), sum(bool(r.findings) for r in records)
-    print_once(f"{len(records):,} training images, {reports:,} with a report and {labelled:,} with a finding")
-    print_once(f"{len(valid):,} to validate, {len(run.findings)} findings")
-    print_once(f"{sum(parameter.numel() for parameter in run.model.parameters()):,} parameters")
 
 
 def train(args):
@@ -860,7 +848,7 @@ def train(args):
     records, valid = load_splits(args)
     records = training_records(args, records)
     run, optimizer, progress = begin(args, records)
-    print_sizes(run, records, valid)
+    print_once(f"{len(valid):,} images to validate, {len(run.findings)} findings")
     model = run.model.train()
     if processes() > 1:
         model = DistributedDataParallel(model)
@@ -904,22 +892,22 @@ def main(argv=None):
     try:
         return train(parse_args(argv))
     except (BadInput, OSError) as error:  # OSError: a full disk, a folder that cannot be written
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
+        said = error
     except (RuntimeError, MemoryError) as error:  # torch has no others for what happens elsewhere
         causes = {
             "DataLoader": "reading images has failed, maybe for want of memory; try fewer --workers",
             "gloo|NCCL|Connection": "another process has ended or does not answer; its message says why",
             "memory": "the memory is exhausted; try --micro-batch-size or a smaller --batch-size",
         }
-        cause = next((said for sign, said in causes.items() if re.search(sign, repr(error), re.I)), None)
-        if cause is None:
+        found = [cause for sign, cause in causes.items() if re.search(sign, repr(error), re.I)]
+        if not found:
             raise
-        print(f"train.py: {cause} ({short(error)})", file=sys.stderr)
-        return 2
+        said = f"{found[0]} ({short(error)})"
     except KeyboardInterrupt:
         print("train.py: stopped by Ctrl-C; what was saved before is as it was", file=sys.stderr)
         return 130
+    print(f"train.py: {said}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
