@@ -570,7 +570,7 @@ def training_records(args, records):
     present, absent = data.label_matrices(records, data.vocabulary(records) if args.image_label else [])
     if not reports.any() and not (present.any(0) & absent.any(0)).any():
         raise BadInput(
-            "there is nothing to learn: no training record has a report that this run uses, and no finding "
+            "no training record is left to learn from: none has a report that this run uses, and no finding "
             "that it uses is present in one image and absent in another"
         )
     kept = list(itertools.compress(records, reports | (present | absent).any(1)))

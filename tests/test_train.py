@@ -255,7 +255,7 @@ def test_an_image_is_a_negative_only_of_findings_that_it_is_known_not_to_have():
 
 def test_labels_that_tell_nothing_apart_are_refused(pretrain, phantoms, capsys):
     phantoms(binary(24)[::3])
-    assert pretrain() == 2 and "nothing to learn" in refusal(capsys)
+    assert pretrain() == 2 and "no training record is left" in refusal(capsys)
 
 
 def test_what_is_left_out_is_counted(pretrain, phantoms, capsys):
@@ -534,7 +534,7 @@ def test_an_unreadable_image_is_refused_by_name_and_costs_no_training(
     [
         ("--data mimic", "phantom, chexpert, mimic-cxr"),
         ("--data medpix2=nowhere", "nowhere"),
-        ("--no-image-text --no-image-label", "nothing to learn"),
+        ("--no-image-text --no-image-label", "no training record is left"),
         ("--image-size 18", "18"),
         ("--swin-depths 1 1 1", "heads"),
         ("--device nonsense", "nonsense"),
