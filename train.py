@@ -71,10 +71,10 @@ PRESETS = {  # REPRODUCE.md compares the values of "paper" with those of the fam
 
 
 def template(text):
-    if text not in prompts.TEMPLATES and "{}" not in text:
-        names = ", ".join(prompts.TEMPLATES)
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {names} and has no {{}} in it")
-    return text
+    if text in prompts.TEMPLATES or "{}" in text:
+        return text
+    known = ", ".join(prompts.TEMPLATES)
+    raise argparse.ArgumentTypeError(f"{text!r} is none of {known} and has no {{}} in it")
 
 
 def build_parser():
@@ -91,12 +91,10 @@ def build_parser():
     add("--uncertain", choices=data.UNCERTAIN, default="ignore",
         help="what a labeler's -1 becomes: unknown, 0, 1, or each of the two by finding")
     add("--findings", nargs="+", metavar="NAME", help="labels to learn from; the mask sees no others either")
-    add("--hold-out", nargs="+", default=[], metavar="FILE",
-        help="lists of `data.py protocol`; the patients of their images are kept out")
+    add("--hold-out", nargs="+", default=[], metavar="LIST", help="of data.py protocol; its patients stay out")
     add("--preset", choices=PRESETS, help="without it small for phantoms, paper for other data")
     add("--out", help="folder of the run; default runs/umcl and the flags that differ")
-    add("--resume", metavar="RUN",
-        help="go on with a run from where it was saved; only options of the machine may change")
+    add("--resume", metavar="RUN", help="go on with a run; only options of the machine may change")
     add("--init", metavar="RUN", help="start from the best weights of another run, on other data or findings")
     add("--seed", type=number_type(int, 0, 2**63 - 1), default=0)
 
@@ -106,14 +104,12 @@ def build_parser():
     add("--template", type=template, default="caption",
         help=f"around the finding: {', '.join(prompts.TEMPLATES)}, or a text of yours with {{}}")
     add("--label-mask", choices=MASKS, default="both",
-        help="texts that the labels take out of the negatives; identical: equal texts alone, no label is "
-             "looked at; none: CLIP's loss")
+        help="texts that labels take out of the negatives; identical: equal texts alone; none: CLIP's loss")
     add("--no-label-mask", dest="label_mask", action="store_const", const="none", help="--label-mask none")
     add("--image-text", action=on_off, default=True, help="off: no report is read")
     add("--image-label", action=on_off, default=True, help="off: no label prompt is made")
     add("--prompt-weight", type=number_type(float, 0), default=1.0, help="lambda of the prompts' loss (ours)")
-    add("--label-noise", type=share, default=0.0, metavar="SHARE",
-        help="of the labelled training records that get the labels of another one")
+    add("--label-noise", type=share, default=0.0, help="share of labelled images with the labels of others")
 
     add = p.add_argument_group("model").add_argument
     add("--image-size", type=size, help="pixels a side; more helps fine findings and costs squared")
@@ -143,8 +139,7 @@ def build_parser():
     add("--precision", choices=("auto", "fp32", "bf16"), help="auto: bf16 if the processor has units for it")
     add("--threads", type=number_type(int, 1, 1024), default=torch.get_num_threads(), help="on the CPU")
     add("--micro-batch-size", type=positive, metavar="N",
-        help="for a small device: encode N images or texts at a time, each twice; the loss still has the "
-             "whole batch for negatives, which accumulating gradients would take away")
+        help="for a small device: encode N images or texts at a time, twice; the loss has the whole batch")
     add("--workers", type=number_type(int, 0, 256), help="processes that read images; 0 for none")
     add("--log-every", type=positive, default=10, help="steps between two lines of log.jsonl")
     add("--save-every", type=positive, default=1000, help="steps between two saves beside the epochs' ends")
