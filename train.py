@@ -91,7 +91,7 @@ def build_parser():
     add("--uncertain", choices=data.UNCERTAIN, default="ignore",
         help="what a labeler's -1 becomes: unknown, 0, 1, or each of the two by finding")
     add("--findings", nargs="+", metavar="NAME", help="labels to learn from; the mask sees no others either")
-    add("--hold-out", nargs="+", default=[], metavar="LIST", help="of data.py protocol; its patients stay out")
+    add("--hold-out", nargs="+", default=[], metavar="LIST", help="of data.py protocol; its patients go")
     add("--preset", choices=PRESETS, help="without it small for phantoms, paper for other data")
     add("--out", help="folder of the run; default runs/umcl and the flags that differ")
     add("--resume", metavar="RUN", help="go on with a run; only options of the machine may change")

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data
 import train
-from umcl import SwinTransformer, TextEncoder, contrastive_loss, label_mask
+from umcl import SwinTransformer, TextEncoder
 
 C = 14  # findings, as CheXpert has
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -152,14 +152,6 @@ def our_step(batch, precision, device, compiled=False):
         model.text_encoder.compile()
     optimizer = torch.optim.AdamW(train.parameter_groups(model, args.weight_decay), lr=args.lr, fused=True)
     return lambda: train.training_step(run, batch, model, optimizer, args.lr, seed=0)
-
-
-def mask_and_loss(rows, device):
-    """Label mask, loss and gradient of so many pairs."""
-    labels = torch.eye(C, device=device).bool()[torch.arange(rows, device=device) % C]
-    features = [F.normalize(torch.randn(rows, 512, device=device)).requires_grad_() for _ in range(2)]
-    scale = torch.tensor(14.0, device=device)
-    return lambda: contrastive_loss(*features, scale, label_mask(labels, labels, "subset")).backward()
 
 
 class MedClipStyle(nn.Module):
@@ -294,11 +286,6 @@ def step_rows(args):
             report(f"training step, batch {batch}", sides, args, batch)
 
 
-def mask_rows(args):
-    for rows in (128, 1024, 4096):
-        report("mask, loss, gradient", {f"{rows} rows, fp32": partial(mask_and_loss, rows)}, args, rows)
-
-
 def profile(args):
     """The ten operations of our step that cost most."""
     kind = torch.profiler.ProfilerActivity
@@ -309,7 +296,7 @@ def profile(args):
     print(found.key_averages().table(sort_by=f"self_{args.device}_time_total", row_limit=10))
 
 
-ROWS = {"swin": swin_rows, "text": text_rows, "step": step_rows, "mask": mask_rows}
+ROWS = {"swin": swin_rows, "text": text_rows, "step": step_rows}
 
 
 def main():

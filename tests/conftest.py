@@ -110,9 +110,7 @@ def cases(tmp_path):
         lines = []
         for i in range(count):
             name, category = f"{split}{i}", ("Head", "Thorax", "Abdomen")[i % 3]
-            caption = (
-                f"Image {i} of the {category}, {'large' if i % 2 else 'small'}." if i % 3 or i % 2 else ""
-            )
+            caption = f"Image {i} of the {category}, {'large' if i % 2 else 'small'}." if i % 6 else ""
             row = {"image": name, "Description": {"Caption": caption}, "Location Category": category}
             lines.append(json.dumps(row | {"U_id": name}))
             grey = np.random.default_rng([count, i]).integers(80 * (i % 3), 256, (16, 16), np.uint8)

@@ -276,17 +276,20 @@ def test_a_checkpoint_is_on_the_disk_before_it_replaces_the_old_one(run, tmp_pat
     assert done[:4] == done[4:8] == saved  # the start's, and then that of the epoch
 
 
-@pytest.mark.parametrize("kind", ["no file", "no optimizer", "no step", "code"])
+@pytest.mark.parametrize("kind", ["nothing", "empty", "text", "tensors", "no optimizer", "no step", "code"])
 def test_what_no_run_can_go_on_from_is_refused_unrun(tiny_run, tmp_path, capsys, kind):
     class Code:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
 
-    last = state(tiny_run, "best.pt" if kind == "no optimizer" else "last.pt")
-    last |= {"no step": {"progress": {}}, "code": {"progress": Code()}}.get(kind, {})
-    if kind != "no file":
-        torch.save(last, tmp_path / "last.pt")
-    assert resume(tmp_path) == 2 and str(tmp_path / "last.pt") in refusal(capsys)
+    path, last = tmp_path / "last.pt", state(tiny_run, "best.pt" if kind == "no optimizer" else "last.pt")
+    changed = {"no step": {"progress": {}}, "code": {"progress": Code()}}.get(kind, {})
+    torch.save({"weight": torch.zeros(3)} if kind == "tensors" else last | changed, path)
+    if kind in ("empty", "text"):
+        path.write_text({"empty": "", "text": "# UMCL"}[kind])
+    if kind == "nothing":
+        path.unlink()
+    assert resume(tmp_path) == 2 and str(path) in refusal(capsys)
     assert not (tmp_path / "ran").exists()
 
 

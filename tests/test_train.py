@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import os
 import shutil
 import types
 from collections import Counter
@@ -100,14 +99,16 @@ def test_options_that_differ_are_printed_first_and_all_of_them_kept(pretrain, tm
 
 
 @pytest.mark.parametrize(
-    ("data_sets", "text_model"), [("phantom phantom=32", "small"), ("phantom medpix2=F", "Bio_ClinicalBERT")]
+    ("flags", "text_model", "image_size"),
+    [
+        ("--data phantom phantom=32", "small", 64),
+        ("--data phantom medpix2=F", "emilyalsentzer/Bio_ClinicalBERT", 224),
+        ("--preset paper --image-size 448 --text-model bert", "bert", 448),
+    ],
 )
-def test_real_data_get_the_towers_of_the_paper(data_sets, text_model):
-    assert text_model in train.parse_args(["--data", *data_sets.split()]).text_model
-
-
-def test_a_flag_wins_over_the_preset():
-    assert train.parse_args(["--preset", "paper", "--image-size", "448"]).image_size == 448
+def test_real_data_get_the_towers_of_the_paper_and_a_flag_wins(flags, text_model, image_size):
+    args = train.parse_args(flags.split())
+    assert (args.text_model, args.image_size) == (text_model, image_size)
 
 
 # ------------------------------------------------------------------------------------- schedule and decay
@@ -403,52 +404,6 @@ def test_a_loaded_checkpoint_gives_the_same_tokens_and_features(pretrain, steps,
     assert torch.equal(model.encode_image(images), loaded.model.encode_image(images))
     assert torch.equal(model.encode_text(*batch.reports[0]), loaded.model.encode_text(*batch.reports[0]))
     assert torch.equal(model.encode_prompt(*batch.prompts), loaded.model.encode_prompt(*batch.prompts))
-
-
-def test_a_checkpoint_needs_no_other_file(tiny_run, tmp_path, monkeypatch):
-    shutil.copy(tiny_run / "best.pt", tmp_path / "alone.pt")
-    monkeypatch.chdir(tmp_path)
-    assert evaluate.main(["--checkpoint", "alone.pt", "--limit", "5"]) == 0
-
-
-class Pickled:
-    """Code that a careless loader would run."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.folder),)
-
-
-@pytest.mark.parametrize("kind", ["missing", "cut", "empty", "text", "hello", "tensors", "code"])
-def test_what_is_no_checkpoint_is_refused_by_name(tiny_run, tmp_path, capsys, kind):
-    path = tmp_path / "other.pt"
-    if kind == "tensors":
-        torch.save({"weight": torch.zeros(3)}, path)
-    elif kind == "code":
-        torch.save(Pickled(tmp_path / "ran"), path)
-    elif kind != "missing":
-        whole = (tiny_run / "best.pt").read_bytes()
-        contents = {"cut": whole[: len(whole) // 2], "empty": b"", "text": b"# UMCL\n", "hello": b"hello"}
-        path.write_bytes(contents[kind])
-    assert evaluate.main(["--checkpoint", str(path)]) == 2 and "other.pt" in refusal(capsys)
-    assert not (tmp_path / "ran").exists()
-
-
-def test_a_checkpoint_cut_while_it_is_written_leaves_the_old_one(pretrain, tmp_path, monkeypatch):
-    saved, save = [], torch.save
-
-    def fail_at_the_third(content, path):
-        saved.append(path)
-        if len(saved) == 3:
-            Path(path).write_text("half a file")
-            raise OSError("no space left on device")
-        save(content, path)
-
-    monkeypatch.setattr(torch, "save", fail_at_the_third)  # after the start's and the first epoch's
-    assert pretrain("--epochs", 2) == 2
-    assert state(tmp_path / "run")["progress"]["epoch"] == 1
 
 
 # ------------------------------------------------------------------------------------- a run that goes wrong
