@@ -568,7 +568,7 @@ def training_records(args, records):
             "no training record is left to learn from: none has a report that this run uses, and no finding "
             "that it uses is present in one image and absent in another"
         )
-    kept = list(itertools.compress(records, reports | (present | absent).any(1)))
+    kept = list(itertools.compress(records, (reports | (present | absent).any(1)).tolist()))
     numbers = f"{reports.sum():,} with a report and {present.any(1).sum():,} with a finding"
     left_out = f"{len(records) - len(kept):,} of {len(records):,} images left out"
     print_once(f"{len(kept):,} training images, {numbers}; {left_out}, which have no report or label")
@@ -593,10 +593,12 @@ class Batches(torch.utils.data.Dataset):
         self.share = slice(rank(), None, processes())
 
     def rows(self, step):
+        """The epoch of a step, and the images that this process takes of it."""
         epoch, place = divmod(step, steps_per_epoch(self.size, self.images))
         shuffler = torch.Generator().manual_seed(seed_for(self.seed, "order", epoch))
         order = torch.randperm(len(self.images), generator=shuffler)
-        return epoch, order[place * self.size :][: self.size][self.share].tolist()
+        batch = order[place * self.size : (place + 1) * self.size]
+        return epoch, batch[self.share].tolist()
 
     def __getitem__(self, step):
         epoch, rows = self.rows(step)

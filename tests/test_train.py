@@ -332,8 +332,8 @@ def test_the_loss_is_the_reports_and_the_weighted_prompts(pretrain, tmp_path, we
 
 
 def test_a_run_leaves_two_checkpoints_its_options_and_a_log_of_its_steps_and_epochs(tiny_run):
-    names = sorted(path.name for path in tiny_run.iterdir())
-    assert names == ["best.pt", "config.json", "last.pt", "log.jsonl"]
+    names = {path.name for path in tiny_run.iterdir()} - {"results.json"}  # of other tests
+    assert names == {"best.pt", "config.json", "last.pt", "log.jsonl"}
     lines, (epoch,) = log(tiny_run)
     keys = "step epoch lr seconds loss loss_report loss_prompt removed_report removed_prompt gradient_norm "
     keys += "logit_scale images_per_second rows_without_negatives_prompt mean_negatives_report skipped"
