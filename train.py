@@ -54,7 +54,6 @@ MAX_IDLE = 100  # steps in a row whose loss and gradient are exactly 0
 STEP_TIMEOUT = timedelta(minutes=20)  # of another process in a step; longer than for a batch
 VALIDATION_TIMEOUT = timedelta(hours=12)  # the others wait while the first validates
 STOP_SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "a closed terminal"}
-MASKS = ("both", "reports", "prompts", "identical", "none")
 # fmt: off
 PRESETS = {  # REPRODUCE.md compares the values of "paper" with those of the family; all are ours
     "small": dict(  # minutes on two cores, both towers from scratch: phantoms and small data sets
@@ -91,7 +90,8 @@ def build_parser():
     add("--uncertain", choices=data.UNCERTAIN, default="ignore",
         help="what a labeler's -1 becomes: unknown, 0, 1, or each of the two by finding")
     add("--findings", nargs="+", metavar="NAME", help="labels to learn from; the mask sees no others either")
-    add("--hold-out", nargs="+", default=[], metavar="LIST", help="of data.py protocol; its patients go")
+    add("--hold-out", nargs="+", default=[], metavar="FILE",
+        help="lists of `data.py protocol`; the patients of their images are kept out")
     add("--preset", choices=PRESETS, help="without it small for phantoms, paper for other data")
     add("--out", help="folder of the run; default runs/umcl and the flags that differ")
     add("--resume", metavar="RUN", help="go on with a run; only options of the machine may change")
@@ -103,7 +103,7 @@ def build_parser():
     add("--prompt-length", type=natural, default=32, help="paper: 16 and 64 are worse than in between")
     add("--template", type=template, default="caption",
         help=f"around the finding: {', '.join(prompts.TEMPLATES)}, or a text of yours with {{}}")
-    add("--label-mask", choices=MASKS, default="both",
+    add("--label-mask", choices=("both", "reports", "prompts", "identical", "none"), default="both",
         help="texts that labels take out of the negatives; identical: equal texts alone; none: CLIP's loss")
     add("--no-label-mask", dest="label_mask", action="store_const", const="none", help="--label-mask none")
     add("--image-text", action=on_off, default=True, help="off: no report is read")
