@@ -16,52 +16,36 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
 import signal
-import socket
 import sys
 import time
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # before torch is imported; see data.py
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors.torch import load_file
 from tokenizers import BertWordPieceTokenizer, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel
+from transformers import AutoTokenizer, BertConfig, BertModel
 
 import data
 import evaluate
 import prompts
 from data import ArgumentParser, BadInput, number_type
-from evaluate import (
-    MACHINE_OPTIONS,
-    MODEL_OPTIONS,
-    Run,
-    build_image_encoder,
-    build_model,
-    finite,
-    load_run,
-    read_checkpoint,
-    resolve_machine,
-    run_file,
-    run_from_checkpoint,
-    save_checkpoint,
-    wrap_tokenizer,
-)
+from evaluate import MACHINE_OPTIONS, MODEL_OPTIONS, Run, build_model, read_checkpoint, wrap_tokenizer
 from umcl import MAX_LOGIT_SCALE, contrastive_loss, label_mask, load_swin_weights
 
 SMALL_BERT = "small"  # --text-model: a BERT trained from scratch, with a vocabulary of its own
@@ -70,7 +54,6 @@ MAX_IDLE = 100  # steps in a row whose loss and gradient are exactly 0
 STEP_TIMEOUT = timedelta(minutes=20)  # of another process in a step; longer than for a batch
 VALIDATION_TIMEOUT = timedelta(hours=12)  # the others wait while the first validates
 STOP_SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "a closed terminal"}
-MASKS = ("both", "reports", "prompts", "identical", "none")
 # fmt: off
 PRESETS = {  # REPRODUCE.md compares the values of "paper" with those of the family; all are ours
     "small": dict(  # minutes on two cores, both towers from scratch: phantoms and small data sets
@@ -87,10 +70,10 @@ PRESETS = {  # REPRODUCE.md compares the values of "paper" with those of the fam
 
 
 def template(text):
-    if text not in prompts.TEMPLATES and "{}" not in text:
-        names = ", ".join(prompts.TEMPLATES)
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {names} and has no {{}} in it")
-    return text
+    if text in prompts.TEMPLATES or "{}" in text:
+        return text
+    known = ", ".join(prompts.TEMPLATES)
+    raise argparse.ArgumentTypeError(f"{text!r} is none of {known} and has no {{}} in it")
 
 
 def build_parser():
@@ -99,89 +82,69 @@ def build_parser():
     size, share = number_type(int, 1, 4096), number_type(float, 0, 1)
     p = ArgumentParser(description="Pre-train UMCL or one of its ablations.", allow_abbrev=False,
                        epilog="Options without a default here have one in the preset.")
-    p.add_argument("--data", nargs="+", default=["phantom"], metavar="NAME[=ROOT]",
-                   help=f"data sets to mix: {', '.join(data.DATASETS)}")
-    p.add_argument("--limit", type=positive, help="only the first N records of each data set (smoke runs)")
-    p.add_argument("--views", nargs="+", choices=data.VIEWS, default=list(data.FRONTAL),
-                   help="images to keep, where their data set says the view; default the frontal ones")
-    p.add_argument("--uncertain", choices=data.UNCERTAIN, default="ignore",
-                   help="what a labeler's -1 becomes: unknown, 0, 1, or each of the two by finding")
-    p.add_argument("--findings", nargs="+", metavar="NAME",
-                   help="labels to learn from, such as five of CheXpert's 14; the mask sees no others either")
-    p.add_argument("--hold-out", nargs="+", default=[], metavar="FILE",
-                   help="lists of `data.py protocol`; their images' patients and near copies are kept out")
-    p.add_argument("--hold-out-data", nargs="+", default=[], metavar="NAME=ROOT",
-                   help="further data sets in which listed images are; nothing else is read of them")
-    p.add_argument("--preset", choices=PRESETS, help="without it small for phantoms, paper for other data")
-    p.add_argument("--out", help="folder of the run; default runs/umcl and the flags that differ")
-    p.add_argument("--resume", metavar="RUN",
-                   help="folder of a run to go on with, exactly from where it was saved; only options of the "
-                        "machine may change")
-    p.add_argument("--init", metavar="RUN",
-                   help="start a new run from the best weights of another, on other data or findings")
-    p.add_argument("--seed", type=number_type(int, 0, 2**63 - 1), default=0)
+    add = p.add_argument
+    add("--data", nargs="+", default=["phantom"], metavar="NAME[=ROOT]", help=", ".join(data.DATASETS))
+    add("--limit", type=positive, help="only the first N records of each data set (smoke runs)")
+    add("--views", nargs="+", choices=data.VIEWS, default=list(data.FRONTAL),
+        help="images to keep, where their data set says the view; default the frontal ones")
+    add("--uncertain", choices=data.UNCERTAIN, default="ignore",
+        help="what a labeler's -1 becomes: unknown, 0, 1, or each of the two by finding")
+    add("--findings", nargs="+", metavar="NAME", help="labels to learn from; the mask sees no others either")
+    add("--hold-out", nargs="+", default=[], metavar="FILE",
+        help="lists of `data.py protocol`; their images' patients and near copies are kept out")
+    add("--hold-out-data", nargs="+", default=[], metavar="NAME=ROOT",
+        help="further data sets in which listed images are; nothing else is read of them")
+    add("--preset", choices=PRESETS, help="without it small for phantoms, paper for other data")
+    add("--out", help="folder of the run; default runs/umcl and the flags that differ")
+    add("--resume", metavar="RUN", help="go on with a run; only options of the machine may change")
+    add("--init", metavar="RUN", help="start from the best weights of another run, on other data or findings")
+    add("--seed", type=number_type(int, 0, 2**63 - 1), default=0)
 
-    a = p.add_argument_group("ablations")
-    a.add_argument("--continuous-prompt", action=on_off, default=True, help="off: the template alone")
-    a.add_argument("--prompt-length", type=natural, default=32,
-                   help="paper: 16 and 64 are worse than in between")
-    a.add_argument("--template", type=template, default="caption",
-                   help=f"around the finding: {', '.join(prompts.TEMPLATES)}, or a text of yours with {{}}")
-    a.add_argument("--label-mask", choices=MASKS, default="both",
-                   help="texts that the labels take out of the negatives; identical: equal texts alone, no "
-                        "label is looked at; none: CLIP's loss")
-    a.add_argument("--no-label-mask", dest="label_mask", action="store_const", const="none",
-                   help="the same as --label-mask none")
-    a.add_argument("--image-text", action=on_off, default=True, help="off: no report is read")
-    a.add_argument("--image-label", action=on_off, default=True, help="off: no label prompt is made")
-    a.add_argument("--prompt-weight", type=number_type(float, 0), default=1.0,
-                   help="lambda, of the label prompts' loss (ours)")
-    a.add_argument("--label-noise", type=share, default=0.0, metavar="SHARE",
-                   help="of the labelled training records that get the labels of another one")
+    add = p.add_argument_group("ablations").add_argument
+    add("--continuous-prompt", action=on_off, default=True, help="off: the template alone")
+    add("--prompt-length", type=natural, default=32, help="paper: 16 and 64 are worse than in between")
+    add("--template", type=template, default="caption",
+        help=f"around the finding: {', '.join(prompts.TEMPLATES)}, or a text of yours with {{}}")
+    add("--label-mask", choices=("both", "reports", "prompts", "identical", "none"), default="both",
+        help="texts that labels take out of the negatives; identical: equal texts alone; none: CLIP's loss")
+    add("--no-label-mask", dest="label_mask", action="store_const", const="none", help="--label-mask none")
+    add("--image-text", action=on_off, default=True, help="off: no report is read")
+    add("--image-label", action=on_off, default=True, help="off: no label prompt is made")
+    add("--prompt-weight", type=number_type(float, 0), default=1.0, help="lambda of the prompts' loss (ours)")
+    add("--label-noise", type=share, default=0.0, help="share of labelled images with the labels of others")
 
-    m = p.add_argument_group("model")
-    m.add_argument("--image-size", type=size,
-                   help="pixels a side; more helps fine findings and costs squared")
-    m.add_argument("--patch-size", type=size,
-                   help="pixels a side of a patch; larger is faster and coarser")
-    m.add_argument("--swin-dim", type=size, help="channels of the first stage")
-    m.add_argument("--swin-depths", type=number_type(int, 0, 100), nargs="+", help="blocks of each stage")
-    m.add_argument("--swin-heads", type=size, nargs="+", help="attention heads of each stage")
-    m.add_argument("--window-size", type=size, help="must divide the side of each map that is larger")
-    m.add_argument("--drop-path", type=number_type(float, 0, 0.9),
-                   help="stochastic depth; 0.1 to 0.2 for long runs")
-    m.add_argument("--image-weights", metavar="FILE",
-                   help="pre-trained Swin with torchvision's, Microsoft's, timm's or transformers' key names")
-    m.add_argument("--text-model", metavar="NAME_OR_FOLDER",
-                   help=f'a pre-trained BERT, or "{SMALL_BERT}" for a small one from scratch')
-    m.add_argument("--max-length", type=number_type(int, 3, 4096),
-                   help="word pieces of a text; what is longer is cut off")
-    m.add_argument("--embed-dim", type=number_type(int, 1, 2**16), help="size of the shared space")
+    add = p.add_argument_group("model").add_argument
+    add("--image-size", type=size, help="pixels a side; more helps fine findings and costs squared")
+    add("--patch-size", type=size, help="pixels a side of a patch; larger is faster and coarser")
+    add("--swin-dim", type=size, help="channels of the first stage")
+    add("--swin-depths", type=number_type(int, 0, 100), nargs="+", help="blocks of each stage")
+    add("--swin-heads", type=size, nargs="+", help="attention heads of each stage")
+    add("--window-size", type=size, help="must divide the side of each map that is larger")
+    add("--drop-path", type=number_type(float, 0, 0.9), help="stochastic depth; 0.1 to 0.2 for long runs")
+    add("--image-weights", metavar="FILE",
+        help="pre-trained Swin with torchvision's, Microsoft's, timm's or transformers' key names")
+    add("--text-model", metavar="NAME_OR_FOLDER", help=f'a pre-trained BERT, or "{SMALL_BERT}" from scratch')
+    add("--max-length", type=number_type(int, 3, 4096), help="word pieces of a text; the others are cut off")
+    add("--embed-dim", type=number_type(int, 1, 2**16), help="size of the shared space")
 
-    t = p.add_argument_group("training")
-    t.add_argument("--batch-size", type=positive,
-                   help="images a step, over all processes; each other's negatives")
-    t.add_argument("--epochs", type=positive)
-    t.add_argument("--lr", type=number_type(float, 0),
-                   help="peak; 1e-3 suits small towers from scratch, 5e-5 pre-trained")
-    t.add_argument("--weight-decay", type=share, help="none on norms, biases, temperature, prompt")
-    t.add_argument("--warmup", type=share, default=0.1, help="share of the steps with a rising learning rate")
-    t.add_argument("--clip", type=number_type(float, 1e-9), default=1.0, help="largest norm of the gradient")
-    t.add_argument("--horizontal-flip", action=on_off, default=False, help='contradicts "left" in a report')
+    add = p.add_argument_group("training").add_argument
+    add("--batch-size", type=positive, help="images a step, over all processes; each other's negatives")
+    add("--epochs", type=positive)
+    add("--lr", type=number_type(float, 0), help="peak; small towers from scratch take more than pre-trained")
+    add("--weight-decay", type=share, help="none on norms, biases, temperature, prompt")
+    add("--warmup", type=share, default=0.1, help="share of the steps with a rising learning rate")
+    add("--clip", type=number_type(float, 1e-9), default=1.0, help="largest norm of the gradient")
+    add("--horizontal-flip", action=on_off, default=False, help='contradicts "left" in a report')
 
-    e = p.add_argument_group("machine")
-    e.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    e.add_argument("--precision", choices=("auto", "fp32", "bf16"),
-                   help="auto: bf16 autocast where the processor has units for it")
-    e.add_argument("--threads", type=number_type(int, 1, 1024), default=torch.get_num_threads(),
-                   help="of each process on the CPU")
-    e.add_argument("--micro-batch-size", type=positive, metavar="N",
-                   help="for a small device: encode N images or texts at a time, each twice; the loss still "
-                        "has the whole batch for negatives, which accumulating gradients would take away")
-    e.add_argument("--workers", type=number_type(int, 0, 256), help="processes that read images; 0 for none")
-    e.add_argument("--log-every", type=positive, default=10, help="steps between two lines of log.jsonl")
-    e.add_argument("--save-every", type=positive, default=1000,
-                   help="steps between two saves within an epoch; each epoch's end is saved anyway")
+    add = p.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--precision", choices=("auto", "fp32", "bf16"), help="auto: bf16 if the processor has units for it")
+    add("--threads", type=number_type(int, 1, 1024), default=torch.get_num_threads(), help="on the CPU")
+    add("--micro-batch-size", type=positive, metavar="N",
+        help="for a small device: encode N images or texts at a time, twice; the loss has the whole batch")
+    add("--workers", type=number_type(int, 0, 256), help="processes that read images; 0 for none")
+    add("--log-every", type=positive, default=10, help="steps between two lines of log.jsonl")
+    add("--save-every", type=positive, default=1000, help="steps between two saves beside the epochs' ends")
     return p
 # fmt: on
 
@@ -192,28 +155,22 @@ def parse_args(argv=None):
     first = parser.parse_args(argv)
     if first.resume is not None:
         return resumed_args(parser, argv, first.resume)
-    old = read_checkpoint(run_file(first.init))["args"] if first.init is not None else {}
+    old = read_checkpoint(evaluate.run_file(first.init))["args"] if first.init is not None else {}
     phantoms_only = all(spec.partition("=")[0] == "phantom" for spec in first.data)
     preset = first.preset or old.get("preset") or ("small" if phantoms_only else "paper")
     kept = {name: old[name] for name in MODEL_OPTIONS if name in old}
     parser.set_defaults(preset=preset, **PRESETS[preset] | kept)
     args = parser.parse_args(argv)
-    changed = [name for name in kept if vars(args)[name] != kept[name]]
-    if changed:
-        raise BadInput(f"{flags(changed)} would need other weights than those of --init {args.init}")
+    if flags := changed_flags(args, kept):
+        raise BadInput(f"{flags} would need other weights than those of --init {args.init}")
     if args.out is None:
         args.out = run_folder(parser, args)
     elif holds_a_run(args.out):
-        raise BadInput(
-            f"{args.out} already holds a run; give another --out, or go on with --resume {args.out}"
-        )
+        way_out = f"give another --out, or go on with --resume {args.out}"
+        raise BadInput(f"{args.out} already holds a run; {way_out}")
     args.commit = evaluate.commit()
     args.held_out = [data.ids_sha256(data.read_ids(file)) for file in args.hold_out]
     return args
-
-
-def flags(names):
-    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
 def resumed_args(parser, argv, folder):
@@ -221,10 +178,9 @@ def resumed_args(parser, argv, folder):
     new = {"device": "auto", "resume": folder, "out": folder}
     saved = vars(parser.parse_args([])) | read_checkpoint(Path(folder, "last.pt"))["args"] | new
     args = parser.parse_args(argv, argparse.Namespace(**saved))  # what is not given stays as it was saved
-    altered = [name for name in vars(args) if name not in MACHINE_OPTIONS and vars(args)[name] != saved[name]]
-    if altered:
+    if flags := changed_flags(args, {k: v for k, v in saved.items() if k not in MACHINE_OPTIONS}):
         raise BadInput(
-            f"{flags(altered)} would alter the result of {folder}; a run is resumed with its own options, "
+            f"{flags} would alter the result of {folder}; a run is resumed with its own options, "
             f"--init {folder} starts another from its weights"
         )
     commits = saved["commit"].split(" then ")
@@ -232,6 +188,12 @@ def resumed_args(parser, argv, folder):
         args.commit = " then ".join([*commits, evaluate.commit()])
         print_once(f"the program has changed since this run was begun: {args.commit}")
     return args
+
+
+def changed_flags(args, saved):
+    """The flags of those options that are not as they were saved -> str."""
+    changed = [name for name, value in saved.items() if getattr(args, name) != value]
+    return ", ".join(f"--{name.replace('_', '-')}" for name in changed)
 
 
 def holds_a_run(folder):
@@ -244,16 +206,15 @@ def run_folder(parser, args):
     if args.data != parser.get_default("data"):
         parts += [spec.partition("=")[0] for spec in args.data]
     for name, value in vars(args).items():
-        apart = name in ("data", "preset", "out", "resume", *MACHINE_OPTIONS)
-        if apart or value == parser.get_default(name):
+        if name in ("data", "preset", "out", *MACHINE_OPTIONS) or value == parser.get_default(name):
             continue
         flag = name.replace("_", "-")
         value = re.sub(r"[^\s,'\[\]]*/(?=[^/])", "", str(value))  # of a path its last part
         text = {"True": flag, "False": f"no-{flag}"}.get(value, f"{flag}-{value}")
         parts.append(re.sub(r"[^\w.]+", "-", text).strip("-"))
-    folder = Path("runs", "-".join(parts)[:200])  # file systems take names of up to 255 bytes
-    folders = [folder, *(Path(f"{folder}-{n}") for n in range(2, 1000))]
-    return str(next(folder for folder in folders if not holds_a_run(folder)))
+    folder = str(Path("runs", "-".join(parts)[:200]))  # file systems take names of up to 255 bytes
+    folders = itertools.chain([folder], (f"{folder}-{n}" for n in itertools.count(2)))
+    return next(folder for folder in folders if not holds_a_run(folder))
 
 
 def print_options(args):
@@ -290,96 +251,81 @@ def learn_tokenizer(texts, size=2000):
     return BertWordPieceTokenizer({name: i for i, name in enumerate(dict.fromkeys(names))}, lowercase=True)
 
 
-def is_local(name):
-    """Whether a text model is on the disk; refuses one out of reach, for which the library waits a minute."""
-    if Path(name).is_dir() or isinstance(try_to_load_from_cache(name, "config.json"), str):
-        return True
-    host = urlsplit(constants.ENDPOINT)
-    try:
-        if not getproxies():
-            socket.create_connection((host.hostname, host.port or 443), timeout=3).close()
-    except OSError as error:
-        raise BadInput(
-            f"the text model {name} is no folder, nor in the cache, and {host.hostname} cannot be reached: "
-            f"`hf download {name} --local-dir FOLDER` where there is a connection, then --text-model FOLDER; "
-            "or --preset small, which needs none"
-        ) from error
-    return False
+def short(error):
+    """What an error of a library says, in one line."""
+    return " ".join(str(error).split())[:300]
 
 
-def load_text_model(name):
-    """A pre-trained BERT by hub name or folder -> (BertModel without pooling layer, tokenizer)."""
+@contextlib.contextmanager
+def refusing(what, way_out):
+    """Turns whatever a library cannot read into a BadInput; it has no one error for that."""
     try:
-        local = {"local_files_only": is_local(name)}
-        kind = AutoConfig.from_pretrained(name, **local).model_type
-        if kind != "bert":
-            raise ValueError(f"it is of the kind {kind!r}; only BERT is supported")
-        tokenizer = AutoTokenizer.from_pretrained(name, **local)
-        local |= {"add_pooling_layer": False, "attn_implementation": "sdpa"}
-        bert, info = BertModel.from_pretrained(name, output_loading_info=True, **local)
+        yield
+    except Exception as error:
+        raise BadInput(f"{what} cannot be used ({short(error)}); {way_out}") from error
+
+
+def load_text_model(name, texts=()):
+    """A pre-trained BERT by hub name or folder -> (BertModel without pooling layer, tokenizer).
+
+    Refuses one that lacks weights, or whose tokenizer is another model's or does not know the texts.
+    """
+    way_out = (
+        f"where there is a connection, `hf download {name} --local-dir FOLDER` gets one for --text-model "
+        "FOLDER, a BERT and its tokenizer as save_pretrained writes them; --preset small needs none"
+    )
+    with refusing(f"the text model {name}", way_out):
+        local = Path(name).is_dir() or isinstance(try_to_load_from_cache(name, "config.json"), str)
+        if not local:
+            HfApi().model_info(name, timeout=3)  # from_pretrained would try for a minute
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+        options = {"add_pooling_layer": False, "attn_implementation": "sdpa", "local_files_only": local}
+        bert, info = BertModel.from_pretrained(name, output_loading_info=True, **options)
         if info["missing_keys"]:
             raise ValueError(f"it lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}")
-        if not finite(bert):
+        if not evaluate.finite(bert):
             raise ValueError("its weights are not finite")
         pieces, embeddings = len(tokenizer), bert.config.vocab_size
         if tokenizer.pad_token_id is None or not embeddings / 2 <= pieces <= embeddings:
             raise ValueError(f"its tokenizer, of {pieces} pieces, is not that of its {embeddings} embeddings")
-    except BadInput:
-        raise
-    except Exception as error:  # the library has no one error for what it cannot read
-        said = (str(error).splitlines() or [repr(error)])[0]
-        raise BadInput(
-            f"the text model {name} cannot be used ({said}); what can is a folder into which save_pretrained "
-            "wrote a BERT and its tokenizer; --preset small needs none"
-        ) from error
+        found = [tokenizer.tokenize(text) for text in texts[:: len(texts) // 200 + 1]]
+        found = list(itertools.chain(*found))
+        if found.count(tokenizer.unk_token) > len(found) / 2:
+            raise ValueError("its tokenizer knows less than half of the words here")
     return bert, tokenizer
 
 
 def build_text(args, texts):
     """The text tower's parts -> (BertModel, tokenizer). A small one learns its vocabulary from texts."""
     if args.text_model != SMALL_BERT:
-        bert, tokenizer = load_text_model(args.text_model)
-        ids = tokenizer(texts[:: len(texts) // 200 + 1], add_special_tokens=False)["input_ids"]
-        ids = [each for text in ids for each in text]
-        if ids.count(tokenizer.unk_token_id) > len(ids) / 2:
-            raise BadInput(f"the tokenizer of {args.text_model} knows less than half of the words here")
-        return bert, tokenizer
+        return load_text_model(args.text_model, texts)
     tokenizer = wrap_tokenizer(learn_tokenizer(texts).to_str())
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=512,
-        max_position_embeddings=args.max_length + args.prompt_length,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
+    sizes = dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512)
+    sizes |= {"vocab_size": len(tokenizer), "max_position_embeddings": args.max_length + args.prompt_length}
+    config = BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     return BertModel(config, add_pooling_layer=False), tokenizer
+
+
+def load_image_weights(swin, file):
+    """Puts pre-trained Swin weights from a .pt, .pth or .safetensors file into a SwinTransformer."""
+    with refusing(f"--image-weights {file}", "it takes a Swin of the same sizes"):
+        safetensors = file.endswith(".safetensors")
+        weights = load_file(file) if safetensors else torch.load(file, map_location="cpu", weights_only=True)
+        for key in ("model", "state_dict"):  # Microsoft's files, and others, wrap the weights
+            weights = weights.get(key, weights)
+        load_swin_weights(swin, weights)
+        if not evaluate.finite(swin):
+            raise ValueError("they are not finite")
 
 
 def check_options(args):
     """Refuses sizes, files of weights and a text model before any data is read."""
     with torch.random.fork_rng(devices=[]):
-        swin = build_image_encoder(args)
+        swin = evaluate.build_image_encoder(args)
         if args.image_weights:
             load_image_weights(swin, args.image_weights)
         if args.text_model != SMALL_BERT and args.init is None and args.resume is None:
-            is_local(args.text_model)
-
-
-def load_image_weights(swin, file):
-    """Puts pre-trained Swin weights from a .pt, .pth or .safetensors file into a SwinTransformer."""
-    safetensors = file.endswith(".safetensors")
-    try:
-        weights = load_file(file) if safetensors else torch.load(file, map_location="cpu", weights_only=True)
-        for key in ("model", "state_dict"):  # Microsoft's files, and others, wrap the weights
-            weights = weights.get(key, weights)
-        load_swin_weights(swin, weights)
-        if not finite(swin):
-            raise ValueError("they are not finite")
-    except Exception as error:  # neither loader has one error for what it cannot read
-        raise BadInput(f"--image-weights {file} cannot be used ({error!s:.300})") from error
+            load_text_model(args.text_model)
 
 
 # ----------------------------------------------------------------------------------------------- processes
@@ -402,8 +348,7 @@ def print_once(sentence):
 def join_processes(device):
     """Under torchrun: the process group. Also beside GPUs, what lies on the CPU goes over gloo.
 
-    Returns:
-        a group that waits for hours, for the others while the first validates; None of one process.
+    Returns a group for the long wait while the first process validates; None of one process.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return None
@@ -416,10 +361,9 @@ def join_processes(device):
 
 def from_all_ranks(value):
     """A small value of each process -> list in the order of their ranks."""
-    if processes() == 1:
-        return [value]
-    values = [None] * processes()
-    dist.all_gather_object(values, value)
+    values = [value] * processes()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -475,74 +419,57 @@ def pieces_of(batch, args):
         inputs.append(("image", batch.images.new_zeros(1, 1, args.image_size, args.image_size).float()))
     if not len(batch.prompt_rows) and (batch.prompts is not None or not batch.reports):
         inputs.append(("prompt", batch.rows.new_zeros(1, 3), batch.rows.new_ones(1, 3)))
-    size = args.micro_batch_size
-    cut = [(kind, zip(*(t.split(size or len(t)) for t in tensors), strict=True)) for kind, *tensors in inputs]
-    return [(kind, *piece) for kind, pieces in cut for piece in pieces]
-
-
-def removed_pairs(args, kind, image_labels, text_labels, text_ids):
-    """F: which pairs of a batch are no negatives -> (N, N) bool, or None for CLIP's loss.
-
-    Args:
-        kind: "report", whose labels fit by rule "equal", or "prompt", by rule "subset".
-        text_ids: (N,) int64, alike where the texts are: an equal text is never a negative (ours).
-    """
-    if args.label_mask == "none":
-        return None
-    removed = text_ids[:, None] == text_ids[None, :]
-    if args.label_mask in ("both", kind + "s"):
-        removed |= label_mask(image_labels, text_labels, {"report": "equal", "prompt": "subset"}[kind])
-    return removed
+    pieces = []
+    for kind, *tensors in inputs:
+        cut = (tensor.split(args.micro_batch_size or len(tensor)) for tensor in tensors)
+        pieces += [(kind, *piece) for piece in zip(*cut, strict=True)]
+    return pieces
 
 
 def losses(args, batch, features, scale):
     """L(image, report) and L(image, label prompt) of a batch (REPRODUCE.md, the loss).
 
-    Args:
-        features: (B + R + P, D) float, of the images, the reports and the distinct prompts; further rows are
-            ignored. scale: τ.
-
-    Returns:
-        {"report" or "prompt": (() float loss, (N, N) bool pairs removed or None, N)}, those the batch has.
+    features: (B + R + P, D) float, of the images, the reports and the distinct prompts; further rows are
+    ignored. scale: τ.
+    Returns {"report" or "prompt": (() float loss, (N, N) bool F or None, N)}, those that the batch has.
     """
     counts = len(batch.rows), len(batch.report_rows), len(batch.prompt_labels)
-    images, reports, distinct = features[: sum(counts)].split(counts)
-    pairs = {  # features of images and of their texts, what the label mask compares, numbers of the texts
-        "report": (
-            images[batch.report_rows],  # (R, D)
-            reports,  # (R, D)
-            batch.report_labels,  # (R, C)
-            batch.report_labels,
-            batch.report_ids,  # (R,)
-        ),
-        "prompt": (
-            images[batch.prompt_rows],  # (Q, D)
-            distinct[batch.prompt_index],  # (Q, D)
-            ~batch.absent[batch.prompt_rows],  # (Q, C): an unknown finding makes no negative for its prompt
-            batch.prompt_labels[batch.prompt_index],  # (Q, C), one finding each
-            batch.prompt_labels[batch.prompt_index].int().argmax(1),  # (Q,)
-        ),
+    images, reports, distinct = features[: sum(counts)].split(counts)  # (B, D), (R, D), (P, D)
+    named = batch.prompt_labels[batch.prompt_index]  # (Q, C), one finding each
+    possible = ~batch.absent[batch.prompt_rows]  # (Q, C): an unknown finding makes no negative
+    labels, numbers = batch.report_labels, named.int().argmax(1)
+    pairs = {  # features of images and of texts; labels of both, for the mask; numbers of equal texts
+        "report": (images[batch.report_rows], reports, labels, labels, batch.report_ids),
+        "prompt": (images[batch.prompt_rows], distinct[batch.prompt_index], possible, named, numbers),
     }
     found = {}
     for kind, tensors in pairs.items():
-        image_features, text_features, image_labels, text_labels, text_ids = gather_rows(*tensors)
+        image_features, text_features, *texts = gather_rows(*tensors)
         if len(image_features):
-            removed = removed_pairs(args, kind, image_labels, text_labels, text_ids)
-            more = {}
-            if kind == "prompt":
-                more = without_finding(batch, images, text_labels)
+            removed = removed_pairs(args.label_mask, kind, *texts)
+            more = without_finding(batch, images, texts[1]) if kind == "prompt" else {}
             loss = contrastive_loss(image_features, text_features, scale, removed, **more)
             found[kind] = loss, removed, len(image_features)
     return found
 
 
+def removed_pairs(mask, kind, image_labels, text_labels, text_ids):
+    """F: which pairs of a batch are no negatives -> (N, N) bool, or None for CLIP's loss.
+
+    mask: --label-mask. text_ids: (N,) int64, alike where the texts are: an equal text is no negative (ours).
+    """
+    if mask == "none":
+        return None
+    removed = text_ids[:, None] == text_ids
+    if mask in ("both", f"{kind}s"):
+        removed |= label_mask(image_labels, text_labels, {"report": "equal", "prompt": "subset"}[kind])
+    return removed
+
+
 def without_finding(batch, images, text_labels):
-    """Images that have no prompt of their own because all that is known of them is absent.
+    """Images of which only absent findings are known: negatives of the prompts of these.
 
-    Each is a negative of the prompts of what it is known not to have.
-
-    Returns:
-        contrastive_loss's more_images (E, D) and more_removed (E, N).
+    Returns contrastive_loss's more_images (E, D) and more_removed (E, N).
     """
     rows = (~batch.present.any(1) & batch.absent.any(1)).nonzero()[:, 0]
     more_images, absent = gather_rows(images[rows], batch.absent[rows])
@@ -550,29 +477,23 @@ def without_finding(batch, images, text_labels):
 
 
 def backward(run, batch, model, seed):
-    """Adds up the gradients of L = L(image, report) + λ L(image, label prompt).
+    """Adds up the gradients of L = L(image, report) + λ L(image, label prompt) -> L, and its parts.
 
     With --micro-batch-size the towers run over one piece at a time and once more on the way back, so that
     memory holds the inner layers of one piece alone; the loss still has the whole batch for negatives.
 
-    Args:
-        model: run.model, or the DistributedDataParallel around it.
-        seed: of dropout and stochastic depth.
-
-    Returns:
-        () float loss, and its parts as losses gives them.
+    model: run.model, or the DistributedDataParallel around it. seed: of dropout and stochastic depth.
     """
-    micro = run.args.micro_batch_size
     torch.manual_seed(seed)
     with run.autocast():
-        features, scale = model(pieces_of(batch, run.args), recompute=micro is not None)
+        features, scale = model(pieces_of(batch, run.args), recompute=run.args.micro_batch_size is not None)
     # All processes take the same loss, of the global batch, and DistributedDataParallel averages their
     # gradients. That is right for τ; through the towers each sends back its own rows' share of a sum.
     if processes() > 1:
         features.register_hook(lambda gradient: gradient * processes())
     parts = losses(run.args, batch, features, scale)
     weight = {"report": 1.0, "prompt": run.args.prompt_weight}
-    loss = 0 * scale + sum(weight[name] * part for name, (part, _, _) in parts.items())  # if there is no part
+    loss = 0 * scale + sum(weight[kind] * part for kind, (part, _, _) in parts.items())  # if there is no part
     loss.backward()
     return loss.detach(), parts
 
@@ -580,10 +501,7 @@ def backward(run, batch, model, seed):
 def training_step(run, batch, model, optimizer, lr, seed):
     """One step, from a batch to new weights; left out where loss or gradient is not finite.
 
-    Args: as for backward.
-
-    Returns:
-        loss, gradient norm, and 1 if the step was left out, else 0, each () float; the loss's parts.
+    Returns loss, gradient norm, and 1 if the step was left out, else 0, each () float; the loss's parts.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -605,14 +523,13 @@ def load_splits(args):
     """The records to train on and to validate, without held-out patients and copies -> two lists."""
     names = data.SPLITS if args.hold_out else data.SPLITS[:2]
     read = {split: data.read_records(args.data, split, args.limit) for split in names}
-    listed = []
+    listed, splits = [], []
     if args.hold_out:
         found = [*read.values(), data.read_records(args.hold_out_data, "all")]
-        known = [record for each in found for records in each.values() for record in records]
-        ids = [id for file in args.hold_out for id in data.read_ids(file)]
+        known = itertools.chain(*(records for each in found for records in each.values()))
         specs = [*args.data, *args.hold_out_data]
+        ids = [id for file in args.hold_out for id in data.read_ids(file)]
         listed = data.pick_listed([*known, *data.left_out(specs)], ids, " and ".join(specs))
-    splits = []
     for split in data.SPLITS[:2]:
         records = data.usable(read[split], split, args.limit, views=args.views, uncertain=args.uncertain)
         data.check_images(records, args.image_size)
@@ -621,62 +538,44 @@ def load_splits(args):
             if split == "train" and missing:
                 raise BadInput(f"--findings {', '.join(sorted(missing))}: no training record has it")
             records = data.restricted(records, frozenset(args.findings))
-        splits.append(without_listed(records, listed, split, args.workers) if listed else records)
+        if listed:
+            others = data.hold_out(records, listed)
+            copies = set(data.near_copies(others, listed, args.workers))
+            held_out = f"{len(records) - len(others):,} are held out by patient and {len(copies):,} more"
+            print_once(f"{split}: of {len(records):,} images {held_out} by picture")
+            records = [record for record in others if record not in copies]
+        splits.append(records)
     return splits
-
-
-def without_listed(records, listed, split, workers):
-    """Records without the listed patients and without near copies of the listed images; says how many."""
-    others = data.hold_out(records, listed)
-    copies = set(data.near_copies(others, listed, workers))
-    print_once(
-        f"{split}: of {len(records):,} images {len(records) - len(others):,} are held out by patient and "
-        f"{len(copies):,} more by picture"
-    )
-    return [record for record in others if record not in copies]
 
 
 def mislabelled(records, noise, seed):
     """Records of which a share of the labelled ones, drawn by the seed, gets the labels of another one."""
-    rng = np.random.default_rng(seed_for(seed, "labels"))
-    labelled = [record for record in records if record.findings]
-    wrong, other = rng.random(len(labelled)) < noise, rng.integers(len(labelled), size=len(labelled))
-    given = {
-        record: labelled[j] if swap else record
-        for record, swap, j in zip(labelled, wrong, other, strict=True)
-    }
-    return [
-        replace(record, findings=given[record].findings, absent=given[record].absent)
-        if record in given
-        else record
-        for record in records
-    ]
+    rng, records = np.random.default_rng(seed_for(seed, "labels")), list(records)
+    rows = [row for row, record in enumerate(records) if record.findings]
+    wrong, others = rng.random(len(rows)) < noise, rng.integers(len(rows), size=len(rows))
+    given = [records[rows[other]] for other in others]
+    for row, other in itertools.compress(zip(rows, given, strict=True), wrong):
+        records[row] = replace(records[row], findings=other.findings, absent=other.absent)
+    return records
 
 
 def training_records(args, records):
-    """Those of the records that the chosen losses can use; says how many they cannot.
-
-    Raises:
-        BadInput: none is left, or nothing in them can be told apart.
-    """
+    """Those of the records that the chosen losses can use; says how many they cannot."""
     if args.label_noise:
         records = mislabelled(records, args.label_noise, args.seed)
     if not args.image_text:
         records = [replace(record, report=None) for record in records]
-    present, absent = data.label_matrices(records, data.vocabulary(records))
-    known = (present | absent).any(1).tolist() if args.image_label else [False] * len(records)
-    kept = [r for r, labelled in zip(records, known, strict=True) if r.report is not None or labelled]
-    if not kept:
-        raise BadInput("no training record is left: these data have no report or label that this run uses")
-    if len(kept) < len(records):
-        print_once(
-            f"{len(records) - len(kept):,} of {len(records):,} images left out: without a report or label"
-        )
-    if all(r.report is None for r in kept) and not (present.any(0) & absent.any(0)).any():
+    reports = torch.tensor([record.report is not None for record in records], dtype=torch.bool)
+    present, absent = data.label_matrices(records, data.vocabulary(records) if args.image_label else [])
+    if not reports.any() and not (present.any(0) & absent.any(0)).any():
         raise BadInput(
-            "there is nothing to learn: no training image has a report, and no finding is present in one "
-            "image and absent in another"
+            "no training record is left to learn from: none has a report that this run uses, and no finding "
+            "that it uses is present in one image and absent in another"
         )
+    kept = list(itertools.compress(records, (reports | (present | absent).any(1)).tolist()))
+    numbers = f"{reports.sum():,} with a report and {present.any(1).sum():,} with a finding"
+    left_out = f"{len(records) - len(kept):,} of {len(records):,} images left out"
+    print_once(f"{len(kept):,} training images, {numbers}; {left_out}, which have no report or label")
     return kept
 
 
@@ -686,16 +585,27 @@ def seed_for(*key):
 
 
 class Batches(torch.utils.data.Dataset):
-    """(epoch, rows) -> Batch. What is random in it is a function of the seed, the epoch and the record.
+    """Step, from 0 -> this process's share of its Batch.
 
-    So it is the same whatever the number of workers and processes, and wherever a run was stopped.
+    Every epoch shuffles anew and drops what does not fill a batch; records that fill none are one batch.
+    What is random in a batch is a function of the seed, the epoch and the record: the same for any number of
+    workers and processes, and wherever a run was stopped.
     """
 
-    def __init__(self, images, collate, seed):
-        self.images, self.collate, self.seed = images, collate, seed
+    def __init__(self, args, images, collate):
+        self.images, self.collate, self.seed, self.size = images, collate, args.seed, args.batch_size
+        self.share = slice(rank(), None, processes())
 
-    def __getitem__(self, key):
-        epoch, rows = key
+    def rows(self, step):
+        """The epoch of a step, and the images that this process takes of it."""
+        epoch, place = divmod(step, steps_per_epoch(self.size, self.images))
+        shuffler = torch.Generator().manual_seed(seed_for(self.seed, "order", epoch))
+        order = torch.randperm(len(self.images), generator=shuffler)
+        batch = order[place * self.size : (place + 1) * self.size]
+        return epoch, batch[self.share].tolist()
+
+    def __getitem__(self, step):
+        epoch, rows = self.rows(step)
         items = []
         for row in rows:
             torch.default_generator.manual_seed(seed_for(self.seed, "image", epoch, row))
@@ -704,43 +614,29 @@ class Batches(torch.utils.data.Dataset):
         return self.collate(items)
 
 
-def batch_keys(args, records, done):
-    """Of the batches after the first `done`, to the end of the run: (epoch, the rows of this process), each.
-
-    Every epoch shuffles anew and drops what does not fill a batch; records that fill none are one batch.
-    """
-    per_epoch = steps_per_epoch(args, records)
-    for step in range(done, args.epochs * per_epoch):
-        epoch, place = divmod(step, per_epoch)
-        if step == done or place == 0:
-            shuffler = torch.Generator().manual_seed(seed_for(args.seed, "order", epoch))
-            order = torch.randperm(len(records), generator=shuffler).tolist()
-        rows = order[place * args.batch_size : (place + 1) * args.batch_size]
-        yield epoch, rows[rank() :: processes()]
+def steps_per_epoch(batch_size, records):
+    return max(1, len(records) // batch_size)
 
 
-def steps_per_epoch(args, records):
-    return max(1, len(records) // args.batch_size)
-
-
-def training_loader(run, records, done):
-    """This process's share of the batches after the first `done` -> DataLoader of Batch."""
-    args, label_prompts = run.args, None
-    if args.image_label and run.findings:
-        label_prompts = run.prompt_tokens(
-            [prompts.label_prompt(name, args.template) for name in run.findings]
-        )
+def training_loader(run, records, steps):
+    """This process's share of the batches of these steps -> DataLoader of Batch."""
+    args = run.args
+    texts = [prompts.label_prompt(finding, args.template) for finding in run.findings]
+    label_prompts = run.prompt_tokens(texts) if args.image_label and texts else None
     images = data.Images(records, data.training_transform(args.image_size, args.horizontal_flip))
     collate = data.Collate(records, run.findings, label_prompts, run.tokenizer, args.max_length)
     return torch.utils.data.DataLoader(
-        Batches(images, collate, args.seed),
-        batch_size=None,  # a key is a whole batch
-        sampler=batch_keys(args, records, done),
+        Batches(args, images, collate),
+        batch_size=None,  # an item is a whole batch
+        sampler=steps,
         num_workers=args.workers,
         worker_init_fn=data.ignore_signals,
         timeout=data.PATIENCE if args.workers else 0,
         pin_memory=run.device.type == "cuda",
     )
+
+
+# ------------------------------------------------------------------------------------------------ the loop
 
 
 def new_run(args, records):
@@ -750,14 +646,14 @@ def new_run(args, records):
     trained = args.continuous_prompt and args.image_label and args.prompt_weight > 0 and findings
     length = args.prompt_length if trained else 0
     if args.init is not None:
-        model, tokenizer, _, _ = load_run(args.init)
+        model, tokenizer, _, _ = evaluate.load_run(args.init)
         if length == 0:
             model.prompt = None
         elif model.prompt is None:
             model.prompt = prompts.ContinuousPrompt(length, model.text_encoder.num_features)
     else:
         texts = [record.report for record in records if record.report is not None]
-        texts += [text for each in prompts.prompt_set(findings, "ensemble").values() for text in each]
+        texts += itertools.chain(*prompts.prompt_set(findings, "ensemble").values())
         if args.template not in prompts.TEMPLATES:
             texts += [prompts.label_prompt(finding, args.template) for finding in findings]
         bert, tokenizer = build_text(args, texts)
@@ -767,7 +663,13 @@ def new_run(args, records):
     return Run(model.to(args.device), tokenizer, findings, args)
 
 
-# ------------------------------------------------------------------------------------------------ the loop
+def records_sha256(records):
+    """Of all that is known of the records and of the sizes of their images, in order -> str."""
+    digest = hashlib.sha256()
+    for r in records:
+        image = r.image.tobytes() if isinstance(r.image, np.ndarray) else str(r.image.stat().st_size).encode()
+        digest.update(image + repr((r.id, r.report, sorted(r.findings), sorted(r.absent))).encode())
+    return digest.hexdigest()
 
 
 @dataclass
@@ -784,57 +686,40 @@ class Progress:
     seconds: float = 0.0
     skipped: int = 0  # steps left out because loss or gradient was not finite
     skipped_in_a_row: int = 0
-    most_skipped: int = 0  # the most in a row so far
     idle_in_a_row: int = 0  # steps whose loss and gradient were exactly 0
     records: str = ""  # SHA-256 of what is trained on, in order
     log_size: int = 0  # bytes of log.jsonl
 
     def count(self, steps):
-        """Takes in the steps since the last call, [(loss, gradient norm, left out), ...].
-
-        Returns:
-            why the run cannot go on, or None.
-        """
+        """Takes in steps, [(loss, gradient norm, left out), ...] -> why the run cannot go on, or None."""
+        fault = None
         for loss, norm, skipped in steps:
             self.skipped += int(skipped)
             self.skipped_in_a_row = (self.skipped_in_a_row + 1) * int(skipped)
             self.idle_in_a_row = (self.idle_in_a_row + 1) * (loss == norm == 0)
-            self.most_skipped = max(self.most_skipped, self.skipped_in_a_row)
-        if self.most_skipped >= MAX_SKIPPED:
-            way_out = "try a lower --lr, or --precision fp32"
-            return (
-                f"loss or gradient was not finite in {self.most_skipped} steps one after the other; {way_out}"
-            )
-        if self.idle_in_a_row >= MAX_IDLE:
-            way_out = "no image has a negative; `python data.py summary` shows the labels"
-            return f"loss and gradient were exactly 0 in the last {self.idle_in_a_row} steps: {way_out}"
-        return None
-
-
-def records_sha256(records):
-    """Of all that is known of the records and of the sizes of their images, in order -> str."""
-    digest = hashlib.sha256()
-    for r in records:
-        image = r.image.tobytes() if isinstance(r.image, np.ndarray) else str(r.image.stat().st_size).encode()
-        digest.update(image + repr((r.id, r.report, sorted(r.findings), sorted(r.absent))).encode())
-    return digest.hexdigest()
+            if self.skipped_in_a_row >= MAX_SKIPPED:
+                fault = f"not finite in {MAX_SKIPPED} steps in a row; try a lower --lr, or --precision fp32"
+            elif self.idle_in_a_row >= MAX_IDLE:
+                fault = (
+                    f"exactly 0 in the last {MAX_IDLE} steps: no image has a negative, see data.py summary"
+                )
+        return fault
 
 
 def begin(args, records):
     """A new run, or with --resume the saved one -> Run, its optimizer, its Progress."""
     state = read_checkpoint(Path(args.resume, "last.pt")) if args.resume is not None else None
-    run = run_from_checkpoint(state, args.device)._replace(args=args) if state else new_run(args, records)
+    run = evaluate.run_from_checkpoint(state, args.device) if state else new_run(args, records)
     groups = parameter_groups(run.model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=run.device.type != "mps")
     progress = Progress(records=records_sha256(records))
     if state:
-        if "optimizer" not in state:
-            raise BadInput(f"{args.resume}/last.pt holds a model alone, so its run cannot go on")
-        if state["progress"]["records"] != progress.records:
+        with evaluate.refusing(state["path"]):
+            progress = Progress(*(state["progress"][field.name] for field in fields(Progress)))
+            optimizer.load_state_dict(state["optimizer"])
+        if progress.records != records_sha256(records):
             raise BadInput(f"the data have changed since {args.resume} was begun; it cannot go on with them")
-        progress = Progress(**state["progress"])
-        optimizer.load_state_dict(state["optimizer"])
-    return run, optimizer, progress
+    return run._replace(args=args), optimizer, progress
 
 
 @contextlib.contextmanager
@@ -858,15 +743,13 @@ def signals_noted():
 def measures(run, loss, norm, parts):
     """What a line of log.jsonl says of a step: losses, and how many negatives the mask leaves to an image."""
     line = {"loss": loss, "gradient_norm": norm, "logit_scale": run.model.logit_scale()}
-    for name, (part, removed, n) in parts.items():
+    for kind, (part, removed, n) in parts.items():
         pairs = removed.sum(1) - removed.diagonal().long() if removed is not None else torch.zeros(n)
-        left = n - 1 - pairs
         line |= {
-            f"loss_{name}": part,
-            f"removed_{name}": pairs.sum().int(),  # false-negative pairs
-            f"least_negatives_{name}": left.min().int(),
-            f"mean_negatives_{name}": left.float().mean(),
-            f"rows_without_negatives_{name}": (left == 0).sum(),
+            f"loss_{kind}": part,
+            f"removed_{kind}": pairs.sum().int(),  # false-negative pairs
+            f"mean_negatives_{kind}": (n - 1 - pairs).float().mean(),
+            f"rows_without_negatives_{kind}": (pairs == n - 1).sum(),
         }
     return {name: value.item() for name, value in line.items()}
 
@@ -891,11 +774,11 @@ class Recorder:
         (self.out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         self.bar = tqdm(total=steps, initial=progress.step, unit="step", mininterval=1)
         self.started = time.time() - progress.seconds
+        self.since = progress.step, time.time()  # the step of the last line or validation, and when it ended
         if progress.step == 0:
             self.save()  # a full disk shows before the first step
         elif progress.step % per_epoch == 0 and progress.validated < progress.epoch:
             self.validate()
-        self.since, self.images = time.time(), 0  # of the last line or validation, and what came after it
 
     def write(self, line):
         """One object into log.jsonl; JSON has no word for what is not finite."""
@@ -907,8 +790,8 @@ class Recorder:
         """last.pt. At an epoch's end that is before its validation, so a resumed run validates again."""
         os.fsync(self.log.fileno())
         self.progress.seconds, self.progress.log_size = time.time() - self.started, self.log.tell()
-        more = {"optimizer": self.optimizer.state_dict()}
-        save_checkpoint(self.out / "last.pt", self.run, vars(self.progress), **more)
+        moments = self.optimizer.state_dict()
+        evaluate.save_checkpoint(self.out / "last.pt", self.run, vars(self.progress), optimizer=moments)
 
     def validate(self):
         """Scores the epoch and keeps it in best.pt if none was better."""
@@ -919,78 +802,64 @@ class Recorder:
         progress.validated, score = progress.epoch, sum(scores.values())
         if score >= progress.best:
             progress.best = score
-            save_checkpoint(self.out / "best.pt", self.run, where | scores)
-        told = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
-        told = told or "nothing to validate by; the last epoch is the best"
-        self.bar.write(f"epoch {progress.epoch}: {told}")
+            evaluate.save_checkpoint(self.out / "best.pt", self.run, where | scores)
+        told = [f"{name} {value:.3f}" for name, value in scores.items()] or ["nothing to validate by"]
+        self.bar.write(f"epoch {progress.epoch}: {', '.join(told)}")
+        self.since = progress.step, time.time()
 
     def record(self, step, lr, loss, norm, skipped, parts):
         """Takes in a step; logs, saves and validates when it is time."""
         progress, args = self.progress, self.run.args
         progress.step, progress.epoch = step, math.ceil(step / self.per_epoch)
         self.recent.append(torch.stack([loss, norm, skipped]))
-        self.images += args.batch_size
         self.bar.update()
         epoch_ends = step % self.per_epoch == 0
         log_now, save_now = (epoch_ends or step % n == 0 for n in (args.log_every, args.save_every))
-        if log_now or save_now:
-            broken, self.recent = progress.count(torch.stack(self.recent).tolist()), []
+        if not log_now and not save_now:
+            return
+        fault, self.recent = progress.count(torch.stack(self.recent).tolist()), []
         if log_now:
-            now = time.time()
+            (step_before, before), now = self.since, time.time()
             line = {"step": step, "epoch": progress.epoch, "lr": lr, "seconds": round(now - self.started, 2)}
-            line["images_per_second"] = self.images / (now - self.since)
+            line["images_per_second"] = args.batch_size * (step - step_before) / (now - before)
             line |= measures(self.run, loss, norm, parts) | {"skipped": progress.skipped}
             self.write(line)
             self.bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
-            self.since, self.images = now, 0
-        if (log_now or save_now) and broken:
-            raise BadInput(f"step {step}: {broken}; {self.out}/last.pt is as it was saved before")
+            self.since = step, now
+        if fault:
+            raise BadInput(f"loss or gradient was {fault}; {self.out}/last.pt is as it was saved before")
         if save_now:
             self.save()
         if epoch_ends:
             self.validate()
-            self.since, self.images = time.time(), 0
 
     def close(self):
         self.bar.close()
         self.log.close()
 
 
-def print_sizes(run, records, valid):
-    """What there is to learn from and what learns."""
-    reports, labelled = sum(r.report is not None for r in records), sum(bool(r.findings) for r in records)
-    print_once(f"{len(records):,} training images, {reports:,} with a report and {labelled:,} with a finding")
-    print_once(f"{len(valid):,} to validate, {len(run.findings)} findings")
-    for name, part in run.model.named_children():
-        print_once(f"{name}: {sum(p.numel() for p in part.parameters()):,} parameters")
-
-
 def train(args):
-    """Trains as the options say; see Recorder for what it leaves.
-
-    Returns:
-        exit status: 128 and the number of the signal that ended it.
-    """
+    """Trains as the options say, see Recorder for what it leaves -> exit status, 128 + a signal's number."""
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
-    device = resolve_machine(args)
+    device = evaluate.resolve_machine(args)
     slow_group = join_processes(device)
     check_options(args)
     print_options(args)
     records, valid = load_splits(args)
     records = training_records(args, records)
     run, optimizer, progress = begin(args, records)
-    print_sizes(run, records, valid)
+    print_once(f"{len(valid):,} images to validate, {len(run.findings)} findings")
     model = run.model.train()
     if processes() > 1:
         model = DistributedDataParallel(model)
-    per_epoch = steps_per_epoch(args, records)
+    per_epoch = steps_per_epoch(args.batch_size, records)
     steps, done, stop = args.epochs * per_epoch, progress.step, 0
     if done == steps and progress.validated == args.epochs:
         print_once(f"{args.out} is finished; --init {args.out} starts another run from its weights")
         return 0
     warmup = math.ceil(args.warmup * steps)
-    loader = training_loader(run, records, done)
+    loader = training_loader(run, records, range(done, steps))
     recorder = Recorder(run, optimizer, progress, valid, steps, per_epoch) if rank() == 0 else None
     if slow_group:  # a resumed run may have an epoch to validate
         dist.barrier(slow_group)
@@ -1024,22 +893,22 @@ def main(argv=None):
     try:
         return train(parse_args(argv))
     except (BadInput, OSError) as error:  # OSError: a full disk, a folder that cannot be written
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
+        said = error
     except (RuntimeError, MemoryError) as error:  # torch has no others for what happens elsewhere
         causes = {
             "DataLoader": "reading images has failed, maybe for want of memory; try fewer --workers",
             "gloo|NCCL|Connection": "another process has ended or does not answer; its message says why",
             "memory": "the memory is exhausted; try --micro-batch-size or a smaller --batch-size",
         }
-        cause = next((said for sign, said in causes.items() if re.search(sign, repr(error), re.I)), None)
-        if cause is None:
+        found = [cause for sign, cause in causes.items() if re.search(sign, repr(error), re.I)]
+        if not found:
             raise
-        print(f"train.py: {cause} ({error!s:.200})", file=sys.stderr)
-        return 2
+        said = f"{found[0]} ({short(error)})"
     except KeyboardInterrupt:
         print("train.py: stopped by Ctrl-C; what was saved before is as it was", file=sys.stderr)
         return 130
+    print(f"train.py: {said}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

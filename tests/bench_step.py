@@ -23,17 +23,18 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from transformers import BertConfig, BertModel, SwinConfig, SwinModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data
 import train
-from umcl import SwinTransformer, TextEncoder, contrastive_loss, label_mask
+from umcl import SwinTransformer, TextEncoder
 
 C = 14  # findings, as CheXpert has
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 # ---------------------------------------- what is timed: make(..., device=) -> a function without arguments
@@ -76,8 +77,37 @@ def swin(kind, precision, backward, device, batch=16):
     return through(model, [images], precision, backward, device)
 
 
+class Products(TorchDispatchMode):
+    """Collects the matrix products and convolutions that run under it, with what they are given."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, operation, types, inputs=(), options=None):
+        if operation.overloadpacket in flop_registry:
+            self.calls.append(partial(operation, *inputs, **options or {}))
+        return operation(*inputs, **options or {})
+
+
+def swin_products(precision, backward, device):
+    """The matrix products of our Swin-T alone: no Swin-T made of them can be faster."""
+    with Products() as products:
+        swin("ours, grey", precision, backward, device)()
+
+    @torch.no_grad()
+    def call():
+        for product in products.calls:
+            product()
+
+    return call
+
+
 class EncodeTexts(TextEncoder):
     """Pieces of Tokens through BERT-base, then the features put together and picked by row."""
+
+    def __init__(self):
+        super().__init__(BertModel(BertConfig(), add_pooling_layer=False))
 
     def forward(self, pieces, rows):
         return torch.cat([TextEncoder.forward(self, *piece) for piece in pieces])[rows]
@@ -94,21 +124,19 @@ def label_prompts(distinct, batch, precision, device):
     tokens, rows = texts(torch.full((C,), 44)), torch.randint(C, (batch,))
     if not distinct:
         tokens, rows = data.Tokens(*(t[rows] for t in tokens)), torch.arange(batch)
-    encoder = EncodeTexts(BertModel(BertConfig(), add_pooling_layer=False))
-    return through(encoder, [[tokens], rows], precision, True, device)
+    return through(EncodeTexts(), [[tokens], rows], precision, True, device)
 
 
 def reports(pieces, batch, precision, device):
     """Reports of median 59, mean 65 and at most 128 word pieces, in pieces of like length."""
     tokens = texts((59 * torch.exp(0.44 * torch.randn(batch))).long().clamp(8, 128))
     order, cut = data.in_pieces(tokens, pieces)
-    encoder = EncodeTexts(BertModel(BertConfig(), add_pooling_layer=False))
-    return through(encoder, [cut, order.argsort()], precision, True, device)
+    return through(EncodeTexts(), [cut, order.argsort()], precision, True, device)
 
 
-def run_and_batch(batch, precision, device):
+def our_step(batch, precision, device, compiled=False):
     """Our Swin-T and BERT-base, random, and images with 1 to 3 of C findings, batched as training does it."""
-    flags = f"--preset paper --device {device} --precision {precision} --out not-written"
+    flags = f"--preset paper --device {device} --precision {precision} --workers 0 --out none"
     args, names = train.parse_args(flags.split()), [f"finding {i}" for i in range(C)]
     bert = BertModel(BertConfig(), add_pooling_layer=False)
     tokenizer = train.wrap_tokenizer(train.learn_tokenizer(names).to_str())
@@ -116,44 +144,14 @@ def run_and_batch(batch, precision, device):
     run = train.Run(model, tokenizer, names, args)
     present = [frozenset(names[j] for j in torch.randperm(C)[: 1 + i % 3].tolist()) for i in range(batch)]
     records = [data.Record(None, None, some, "", "random", frozenset(names) - some) for some in present]
-    prompts = run.prompt_tokens([train.prompts.label_prompt(name, args.template) for name in names])
-    collate = data.Collate(records, names, prompts, tokenizer, args.max_length)
+    collate = train.training_loader(run, records, []).dataset.collate
     images = torch.randint(0, 256, (batch, 1, args.image_size, args.image_size), dtype=torch.uint8)
-    return run, data.to_device(collate(list(enumerate(images))), torch.device(device))
-
-
-def our_step(batch, precision, device, compiled=False):
-    run, batch = run_and_batch(batch, precision, device)
+    batch = data.to_device(collate(list(enumerate(images))), torch.device(device))
     if compiled:
-        run.model.image_encoder.compile()
-        run.model.text_encoder.compile()
-    groups = train.parameter_groups(run.model, run.args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=run.args.lr, fused=True)
-    return lambda: train.training_step(run, batch, run.model, optimizer, run.args.lr, seed=0)
-
-
-def around_the_loss(batch, device):
-    """Label mask, loss, its gradient up to the features, a line of the log: all that is neither tower."""
-    run, batch = run_and_batch(batch, "fp32", device)
-    shape = len(batch.rows), 512
-    features = [F.normalize(torch.randn(shape, device=device)).requires_grad_() for _ in range(2)]
-
-    def call():
-        possible = ~batch.absent[batch.prompt_rows]
-        removed = label_mask(possible, batch.prompt_labels[batch.prompt_index], "subset")
-        loss = contrastive_loss(*features, run.model.logit_scale(), removed)
-        loss.backward()
-        train.measures(run, loss, loss, {"prompt": (loss, removed, len(removed))})
-
-    return call
-
-
-def loss_alone(rows, device):
-    """Label mask, loss and gradient of so many pairs."""
-    labels = torch.eye(C, device=device).bool()[torch.arange(rows, device=device) % C]
-    features = [F.normalize(torch.randn(rows, 512, device=device)).requires_grad_() for _ in range(2)]
-    scale = torch.tensor(14.0, device=device)
-    return lambda: contrastive_loss(*features, scale, label_mask(labels, labels, "subset")).backward()
+        model.image_encoder.compile()
+        model.text_encoder.compile()
+    optimizer = torch.optim.AdamW(train.parameter_groups(model, args.weight_decay), lr=args.lr, fused=True)
+    return lambda: train.training_step(run, batch, model, optimizer, args.lr, seed=0)
 
 
 class MedClipStyle(nn.Module):
@@ -177,25 +175,19 @@ def medclip_style_step(batch, precision, device):
     """Every pair's own text, padded to 77; targets softmax(y yᵀ). Its second text view is left out."""
     model = MedClipStyle().to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, weight_decay=1e-4)
-    scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
-    tokens = data.to_device(
-        texts(torch.cat([torch.tensor([77]), torch.randint(10, 40, (batch - 1,))])), device
-    )
-    images = torch.randn(batch, 3, 224, 224, device=device)
+    tokens = texts(torch.cat([torch.tensor([77]), torch.randint(10, 40, (batch - 1,))]))
+    tokens, images = data.to_device(tokens, device), torch.randn(batch, 3, 224, 224, device=device)
     labels = (torch.rand(batch, C, device=device) < 2 / C).float()
     target = (labels @ labels.T).softmax(1)
 
     def call():
-        model.log_scale.data.clamp_(0, math.log(100))
         with torch.autocast(device, DTYPES[precision], precision != "fp32"):
             logits = model(images, tokens).float()
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        scaler.step(optimizer)
-        scaler.update()
+        optimizer.step()
 
     return call
 
@@ -206,88 +198,78 @@ def medclip_style_step(batch, precision, device):
 def serve(connection, make, args):
     """One side in its process: says the FLOP of a call, the seconds of each call asked for, its memory."""
     cuda = args.device == "cuda"
-    clock = {"wall": time.perf_counter, "cpu": time.process_time}[args.clock]
-    wait, peak = torch.cuda.synchronize if cuda else lambda: None, torch.cuda.max_memory_allocated
-    if not cuda:
-        torch.set_num_threads(args.threads)
-        resource.setrlimit(resource.RLIMIT_DATA, (int(args.memory * 2**30),) * 2)
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    try:
-        call = make(device=args.device)
-        with FlopCounterMode(display=False) as counter:
-            call()
-        if cuda or args.compile:
-            call()  # once more without the counter, under which nothing is compiled
-        connection.send(counter.get_total_flops())
-        while connection.recv():
-            wait()
-            start = clock()
-            call()
-            wait()
-            connection.send(clock() - start)
-        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
-        connection.send((peak() if cuda else rss) / 2**30)
-    except (RuntimeError, MemoryError) as error:  # torch has no one error for too little memory
-        connection.send(str(error).splitlines()[0][:60])
+    call = make(device=args.device)
+    with FlopCounterMode(display=False) as counter:
+        call()
+    if cuda or args.compile:
+        call()  # once more without the counter, under which nothing is compiled
+    connection.send(counter.get_total_flops())
+    while connection.recv():
+        wait()
+        start = time.perf_counter()
+        call()
+        wait()
+        connection.send(time.perf_counter() - start)
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+    connection.send((torch.cuda.max_memory_allocated() if cuda else rss) / 2**30)
 
 
 def measure(sides, args):
-    """{name: make}, in turns -> {name: (seconds of each round, GiB, FLOP), or a sentence where it failed}."""
+    """{name: make}, in turns -> {name: (seconds of each round, GiB, FLOP)}."""
     # A fork has all imports done; but a process that is to use CUDA cannot be one.
     context = multiprocessing.get_context("spawn" if args.device == "cuda" else "fork")
-    found, ends, seconds = {}, {}, {name: [] for name in sides}
+    ends, flop, seconds = {}, {}, {name: [] for name in sides}
     for name, make in sides.items():
         ends[name], end = context.Pipe()
         context.Process(target=serve, args=(end, make, args), daemon=True).start()
         end.close()  # so that the death of the process is an EOFError here, not a wait without end
-        found[name] = ends[name].recv()
-    running = [name for name in sides if not isinstance(found[name], str)]
+        flop[name] = ends[name].recv()
     for i in range(args.repeats):
-        for name in running[:: -1 if i % 2 else 1]:
+        for name in list(sides)[:: -1 if i % 2 else 1]:
             ends[name].send(True)
             seconds[name].append(ends[name].recv())
-    for name in running:
-        ends[name].send(False)
-        found[name] = seconds[name], ends[name].recv(), found[name]
-    return found
+    for end in ends.values():
+        end.send(False)
+    return {name: (seconds[name], ends[name].recv(), flop[name]) for name in sides}
 
 
-def report(title, sides, args, items=None):
+def report(title, sides, args, items):
     """Prints one line a side; the last is the one that the others are compared with."""
-    found = measure(sides, args)
-    *_, reference = found.values()
-    for name, result in found.items():
-        rate = gain = share = ""
-        if isinstance(result, str):
-            print(f"| {title} | {name} | {result} |", flush=True)
-            continue
-        seconds, memory, flop = result
+    try:
+        found = measure(sides, args)
+    except EOFError:  # its own message says why
+        print(f"| {title} | a side has failed |", flush=True)
+        return
+    *_, (reference, _, _) = found.values()
+    for name, (seconds, memory, flop) in found.items():
         median = statistics.median(seconds)
-        if items:
-            rate = f"{items / median:.3g}"
-        if result is not reference and not isinstance(reference, str):
-            gains = [r / s for s, r in zip(seconds, reference[0], strict=True)]
-            gain = f"{statistics.median(gains):.3g} ({min(gains):.3g} .. {max(gains):.3g})"
-        if (precision := name.split()[-1]) in args.rates:
-            share = f"{flop / median / args.rates[precision]:.0%}"
-        print(f"| {title} | {name} | {median:.4g} | {rate} | {memory:.2f} | {gain} | {share} |", flush=True)
+        gains = [r / s for s, r in zip(seconds, reference, strict=True)]
+        gain = f"{statistics.median(gains):.3g} ({min(gains):.3g} .. {max(gains):.3g})"
+        share = flop / median / args.rates[name.split()[-1]]
+        line = f"{median:.4g} | {items / median:.3g} | {memory:.2f} | {gain} | {share:.0%}"
+        print(f"| {title} | {name} | {line} |", flush=True)
 
 
 def swin_rows(args):
-    for p in ("fp32", "bf16"):
+    for p in DTYPES:
         for backward, title in ((False, "Swin-T forward"), (True, "Swin-T forward + backward")):
             kinds = ("ours, grey", "ours, RGB", "transformers", "torchvision")
-            report(title, {f"{kind} {p}": partial(swin, kind, p, backward) for kind in kinds}, args, 16)
+            sides = {f"{kind} {p}": partial(swin, kind, p, backward) for kind in kinds}
+            report(title, sides, args, 16)
+            sides = {f"its matrix products alone {p}": partial(swin_products, p, backward)}
+            sides[f"ours, grey {p}"] = partial(swin, "ours, grey", p, backward)
+            report(f"{title}, bound", sides, args, 16)
 
 
 def text_rows(args):
-    for p in ("fp32", "bf16"):
+    for p in DTYPES:
         for batch in args.batch_sizes:
-            make = partial(label_prompts, batch=batch, precision=p)
-            sides = {
-                f"distinct, gathered {p}": partial(make, True),
-                f"every pair's {p}": partial(make, False),
-            }
+            make, sides = partial(label_prompts, batch=batch, precision=p), {}
+            sides[f"distinct, gathered {p}"] = partial(make, True)
+            sides[f"every pair's {p}"] = partial(make, False)
             report(f"{C} label prompts, batch {batch}", sides, args, batch)
             make = partial(reports, batch=batch, precision=p)
             sides = {f"4 pieces {p}": partial(make, 4), f"to the longest {p}": partial(make, 1)}
@@ -295,28 +277,13 @@ def text_rows(args):
 
 
 def step_rows(args):
-    usual = "fp16" if args.device == "cuda" else "fp32"  # MedCLIP: fp16 with a scaled loss
-    pairs = [("bf16", usual), ("bf16", "bf16")]
     for batch in args.batch_sizes:
-        for ours, theirs in pairs if args.device == "cuda" else [("fp32", "fp32"), *pairs]:
+        for ours, theirs in (("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")):
             sides = {f"ours {ours}": partial(our_step, batch, ours)}
             if args.compile and ours == "bf16":
                 sides = {"ours, compiled bf16": partial(our_step, batch, ours, compiled=True)} | sides
             sides[f"MedCLIP-style {theirs}"] = partial(medclip_style_step, batch, theirs)
             report(f"training step, batch {batch}", sides, args, batch)
-
-
-def mask_rows(args):
-    for batch in args.batch_sizes:
-        sides = {"step": partial(our_step, batch, "bf16"), "around the loss": partial(around_the_loss, batch)}
-        report(f"mask, loss and log line, batch {batch}", dict(reversed(sides.items())), args)
-
-
-def growth_rows(args):
-    for batch in (32, 64, 128, 256):
-        report(f"growth, batch {batch}", {"ours bf16": partial(our_step, batch, "bf16")}, args, batch)
-    for rows in (1024, 4096, 16384):
-        report(f"mask and loss, {rows} rows", {"ours": partial(loss_alone, rows)}, args)
 
 
 def profile(args):
@@ -329,31 +296,21 @@ def profile(args):
     print(found.key_averages().table(sort_by=f"self_{args.device}_time_total", row_limit=10))
 
 
-ROWS = {"swin": swin_rows, "text": text_rows, "step": step_rows, "mask": mask_rows, "growth": growth_rows}
+ROWS = {"swin": swin_rows, "text": text_rows, "step": step_rows}
 
 
 def main():
-    p = argparse.ArgumentParser(
-        description="Times a training step and its parts beside other builds of them."
-    )
+    p = argparse.ArgumentParser(description="Times a training step and its parts beside other builds.")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--batch-sizes", type=int, nargs="+", default=[32, 128])
     p.add_argument("--repeats", type=int, default=5, help="rounds; the median counts")
     p.add_argument("--threads", type=int, default=os.cpu_count(), help="of a CPU")
-    p.add_argument(
-        "--clock",
-        choices=("wall", "cpu"),
-        default="wall",
-        help="cpu: processor time, with --threads 1 for a machine that is not idle",
-    )
-    p.add_argument("--memory", type=float, default=20.0, help="GiB of a CPU's memory that a side may take")
     p.add_argument("--rows", choices=ROWS, nargs="*", default=list(ROWS))
     p.add_argument("--compile", action="store_true", help="our step also under torch.compile")
     p.add_argument("--profile", action="store_true", help="also the ten costliest operations of our step")
     args = p.parse_args()
 
-    precisions = list(DTYPES)[: 3 if args.device == "cuda" else 2]  # a CPU has no fast fp16
-    rates = measure({name: partial(matmul, name) for name in precisions}, args)
+    rates = measure({name: partial(matmul, name) for name in DTYPES}, args)
     args.rates = {name: flop / statistics.median(seconds) for name, (seconds, _, flop) in rates.items()}
     print(f"torch {torch.__version__}, {args.device}, {args.threads} threads; matrix products in TFLOP/s:")
     print(", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in args.rates.items()))

@@ -1,5 +1,6 @@
 """What the tests share: no network, one thread, phantoms drawn once, and one tiny run."""
 
+import itertools
 import json
 import multiprocessing
 from functools import lru_cache
@@ -23,6 +24,23 @@ TINY = (
 # yet: copies of the process that runs the tests could not use autograd where there is a GPU.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["pytest", "train"])
+
+
+def log(folder):
+    """The lines of a run's log about steps, and those about epochs."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line], [line for line in lines if "loss" not in line]
+
+
+def state(folder, file="last.pt"):
+    return torch.load(folder / file, weights_only=True)
+
+
+def refusal(capsys):
+    """The one line on stderr beside the progress bar, behind the name of the script."""
+    lines = [line.partition(": ") for line in capsys.readouterr().err.splitlines()]
+    (said,) = [sentence for script, _, sentence in lines if script in ("train.py", "evaluate.py")]
+    return said
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -61,6 +79,22 @@ def options():
 
 
 @pytest.fixture
+def before_step(monkeypatch):
+    """Has a function called before each training step to come: with its number, from 1, run and batch."""
+
+    def prepare(act):
+        numbers, training_step = itertools.count(1), train.training_step
+
+        def step(run, batch, *rest):
+            act(next(numbers), run, batch)
+            return training_step(run, batch, *rest)
+
+        monkeypatch.setattr(train, "training_step", step)
+
+    return prepare
+
+
+@pytest.fixture
 def chests(tmp_path):
     """NIH ChestX-ray14 in small: 20 patients with one image each and no report -> its folder."""
     root = tmp_path / "chests"
@@ -83,9 +117,7 @@ def cases(tmp_path):
         lines = []
         for i in range(count):
             name, category = f"{split}{i}", ("Head", "Thorax", "Abdomen")[i % 3]
-            caption = (
-                f"Image {i} of the {category}, {'large' if i % 2 else 'small'}." if i % 3 or i % 2 else ""
-            )
+            caption = f"Image {i} of the {category}, {'large' if i % 2 else 'small'}." if i % 6 else ""
             row = {"image": name, "Description": {"Caption": caption}, "Location Category": category}
             lines.append(json.dumps(row | {"U_id": name}))
             grey = np.random.default_rng([count, i]).integers(80 * (i % 3), 256, (16, 16), np.uint8)

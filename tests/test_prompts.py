@@ -9,33 +9,14 @@ UNLISTED = "Pleural_Thickening"
 FINDINGS = [*WORDINGS, UNLISTED]
 
 
-def inserted(dtype=torch.float32):
-    """A prompt of 3 vectors, two texts of 6 positions with the second padded by 2, and what comes of them."""
-    torch.manual_seed(0)
-    prompt = ContinuousPrompt(3, 4)
-    embeddings = torch.randn(2, 6, 4).to(dtype)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_vectors_come_right_after_cls_and_leave_the_text_whole_and_in_order(dtype):
+    prompt, embeddings = ContinuousPrompt(3, 4), torch.randn(2, 6, 4).to(dtype)
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
-    return prompt, embeddings, *prompt(embeddings, mask)
-
-
-def test_vectors_come_right_after_cls():
-    prompt, _, longer, _ = inserted()
-    assert torch.equal(longer[:, 1:4], prompt.context.expand(2, 3, 4))
-
-
-def test_tokens_of_the_text_stay_whole_and_in_order():
-    _, embeddings, longer, _ = inserted()
+    longer, longer_mask = prompt(embeddings, mask)
+    assert torch.equal(longer[:, 1:4], prompt.context.to(dtype).expand(2, 3, 4))
     assert torch.equal(torch.cat([longer[:, :1], longer[:, 4:]], dim=1), embeddings)
-
-
-def test_attention_mask_covers_the_vectors():
-    _, _, _, mask = inserted()
-    assert mask.tolist() == [[1, 1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0, 0]]
-
-
-def test_vectors_take_the_type_of_the_embeddings():
-    _, _, longer, _ = inserted(torch.bfloat16)
-    assert longer.dtype == torch.bfloat16
+    assert longer_mask.tolist() == [[1, 1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0, 0]]
 
 
 def test_vectors_start_as_small_as_berts_word_embeddings():
@@ -54,22 +35,17 @@ def test_every_template_has_exactly_one_place_for_the_finding():
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_label_prompt_is_the_first_wording_in_the_template(template):
+def test_label_prompts_are_the_first_wording_in_the_template_and_those_of_zero_shot(template):
     before, after = TEMPLATES[template].split("{}")
-    for finding in FINDINGS:
-        assert label_prompt(finding, template) == before + wordings(finding)[0] + after
+    expected = {finding: [before + wordings(finding)[0] + after] for finding in FINDINGS}
+    assert {finding: [label_prompt(finding, template)] for finding in FINDINGS} == expected
+    assert prompt_set(FINDINGS, template) == expected
 
 
 def test_a_template_may_be_a_text_of_ones_own():
     assert label_prompt("Edema", "a street at night, {} and 100% {x}") == (
         "a street at night, pulmonary edema and 100% {x}"
     )
-
-
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_the_prompts_that_are_trained_are_the_prompts_of_zero_shot(template):
-    expected = {finding: [label_prompt(finding, template)] for finding in FINDINGS}
-    assert prompt_set(FINDINGS, template) == expected
 
 
 @pytest.mark.parametrize("finding", FINDINGS)
@@ -89,15 +65,8 @@ def test_a_finding_can_be_denied_in_as_many_ways_as_it_can_be_said(finding):
     assert not set(negations(finding)) & set(wordings(finding))
 
 
-def test_a_normal_image_is_not_denied_twice():
-    assert not any("no" in text.split() for text in negations("No Finding"))
-
-
-def test_a_denial_has_no_article():
+def test_a_denial_has_no_article_and_denies_nothing_twice():
     assert negations("Cardiomegaly") == ("no cardiomegaly", "no enlarged heart")
-
-
-def test_prompts_of_absence_are_the_denials_in_the_template():
-    assert prompt_set(["Edema"], "caption", negations) == {
-        "Edema": ["a medical image showing no pulmonary edema"]
-    }
+    assert not any("no" in text.split() for text in negations("No Finding"))
+    expected = {"Edema": ["a medical image showing no pulmonary edema"]}
+    assert prompt_set(["Edema"], "caption", negations) == expected

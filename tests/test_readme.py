@@ -39,9 +39,8 @@ def test_readme_commands_are_accepted(document):
     for script, words in commands(document):
         if len(words) > 1:  # not "--help" nor a command that is only named
             args = SCRIPTS[script].build_parser().parse_args(words)
-            assert {
-                spec.partition("=")[0] for spec in getattr(args, "data", None) or []
-            } <= data.DATASETS.keys()
+            specs = getattr(args, "data", None) or []
+            assert {spec.partition("=")[0] for spec in specs} <= data.DATASETS.keys()
 
 
 def python_blocks(document):
@@ -95,31 +94,20 @@ def test_readme_shows_how_to_use_each_script():
     assert {script for script, _ in commands("README.md")} == SCRIPTS.keys()
 
 
-def test_readme_lists_every_data_set():
-    rows = re.findall(
-        r"^\| `([\w-]+)[=`]", read("README.md").partition("## Data\n")[2].partition("\n## ")[0], re.MULTILINE
-    )
-    assert [row for row in rows if not row.startswith("--")] == list(data.DATASETS)
-
-
-def test_reproduce_lists_every_protocol():
-    rows = re.findall(
-        r"^\| `([\w-]+)` \|",
-        read("REPRODUCE.md").partition("### Evaluation sets")[2].partition("\n### ")[0],
-        re.MULTILINE,
-    )
-    assert set(rows) == data.PROTOCOLS.keys()
+@pytest.mark.parametrize(
+    ("document", "section", "names"),
+    [("README.md", "## Data\n", data.DATASETS), ("REPRODUCE.md", "### Evaluation sets", data.PROTOCOLS)],
+)
+def test_tables_list_every_data_set_and_protocol(document, section, names):
+    text = read(document).partition(section)[2].partition("\n## ")[0].partition("\n### ")[0]
+    rows = re.findall(r"^\| `(\w[\w-]*)[=`]", text, re.MULTILINE)
+    assert sorted(rows) == sorted(names)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_flags_in_the_documents_exist(document, capsys):
-    for script, *command in (
-        ("train",),
-        ("evaluate",),
-        ("data", "summary"),
-        ("data", "protocol"),
-        ("data", "pack"),
-    ):
+    for call in ("train", "evaluate", "data summary", "data protocol", "data pack"):
+        script, *command = call.split()
         with pytest.raises(SystemExit):
             SCRIPTS[script].build_parser().parse_args([*command, "--help"])
     known = capsys.readouterr().out

@@ -34,12 +34,15 @@ def shaken(model):
     return model
 
 
-def output_and_gradient(encode, images):
-    """Features, and the gradient of their sum under fixed weights with respect to the images."""
-    images = images.clone().requires_grad_()
-    features = encode(images)
-    (features * torch.linspace(-1, 1, features.shape[1])).sum().backward()
-    return features.detach(), images.grad
+def assert_equal(ours, theirs, images):
+    """Same features, and same gradient of their sum under fixed weights with respect to the images."""
+    found = []
+    for encode in (ours, theirs):
+        inputs = images.clone().requires_grad_()
+        features = encode(inputs)
+        (features * torch.linspace(-1, 1, features.shape[1])).sum().backward()
+        found.append((features.detach(), inputs.grad))
+    torch.testing.assert_close(*found, **CLOSE)
 
 
 def random_images(*shape):
@@ -57,18 +60,14 @@ def test_swin_equals_torchvision_for_the_same_weights(training):
     for module in theirs.modules():
         if isinstance(module, StochasticDepth):
             module.p = 0.0
-    images = random_images(1, 3, 224, 224)
-    expected = output_and_gradient(theirs, images)
-    torch.testing.assert_close(output_and_gradient(ours, images), expected, **CLOSE)
+    assert_equal(ours, theirs, random_images(1, 3, 224, 224))
 
 
 def test_swin_equals_transformers_for_the_same_weights():
     theirs = shaken(SwinModel(SwinConfig(**SMALL, drop_path_rate=0.0)))
     ours = SwinTransformer(**SMALL, in_chans=3)
     load_swin_weights(ours, theirs.state_dict())
-    images = random_images(2, 3, 32, 32)
-    expected = output_and_gradient(lambda images: theirs(images).pooler_output, images)
-    torch.testing.assert_close(output_and_gradient(ours, images), expected, **CLOSE)
+    assert_equal(ours, lambda images: theirs(images).pooler_output, random_images(2, 3, 32, 32))
 
 
 def test_swin_tiny_has_as_many_parameters_as_the_original():
@@ -119,41 +118,38 @@ def small_weights():
 
 
 def renamed(weights, names):
-    """The same weights under other names."""
+    """The same weights under other names; transformers has query, key and value each by itself."""
+    if names is TRANSFORMERS_4:
+        for key in [key for key in weights if ".qkv." in key]:
+            parts = zip("qkv", weights.pop(key).chunk(3), strict=True)
+            weights |= {key.replace("qkv", name): part for name, part in parts}
     for ours, theirs in names:
         weights = {re.sub(ours, theirs, key): value for key, value in weights.items()}
     return weights
 
 
-def apart(weights):
-    """The same weights with query, key and value each by itself."""
-    split = {}
-    for key, value in weights.items():
-        parts = dict(zip("qkv", value.chunk(3), strict=True)) if ".qkv." in key else {"": value}
-        split |= {key.replace("qkv", name): part for name, part in parts.items()}
-    return split
+def ones(*names):
+    return {name: torch.ones(3) for name in names}
 
 
-def assert_loads(weights, expected):
-    swin = SwinTransformer(**SMALL)
-    load_swin_weights(swin, weights)
+@pytest.mark.parametrize(
+    ("names", "more"),
+    [
+        ([], {}),
+        (MICROSOFT, {}),
+        (TIMM, {}),
+        (TRANSFORMERS_4, {}),
+        ([], ones("head.weight", "head.bias")),
+        ([], ones("head.fc.weight", "head.fc.bias")),
+        ([], ones("classifier.weight", "classifier.bias")),
+        (MICROSOFT, ones("layers.0.blocks.1.attn.relative_position_index", "layers.0.blocks.1.attn_mask")),
+    ],
+    ids="ours Microsoft timm transformers head head.fc classifier tables".split(),
+)
+def test_weights_load_under_all_names_without_heads_and_derived_tables(names, more):
+    swin, expected = SwinTransformer(**SMALL), small_weights()
+    load_swin_weights(swin, renamed(small_weights(), names) | more)
     assert all(torch.equal(value, expected[key]) for key, value in swin.state_dict().items())
-
-
-def test_own_weights_load():
-    assert_loads(small_weights(), small_weights())
-
-
-def test_microsoft_weights_load():
-    assert_loads(renamed(small_weights(), MICROSOFT), small_weights())
-
-
-def test_timm_weights_load():
-    assert_loads(renamed(small_weights(), TIMM), small_weights())
-
-
-def test_weights_of_older_transformers_load():
-    assert_loads(renamed(apart(small_weights()), TRANSFORMERS_4), small_weights())
 
 
 def test_summed_rgb_weights_see_a_grey_image_as_three_equal_channels():
@@ -163,39 +159,26 @@ def test_summed_rgb_weights_see_a_grey_image_as_three_equal_channels():
     torch.testing.assert_close(grey(images), colour(images.expand(-1, 3, -1, -1)), **CLOSE)
 
 
-@pytest.mark.parametrize("head", ["head", "head.fc", "classifier"])
-def test_classifier_head_is_dropped(head):
-    extra = {f"{head}.weight": torch.ones(10, 32), f"{head}.bias": torch.ones(10)}
-    assert_loads(small_weights() | extra, small_weights())
-
-
-@pytest.mark.parametrize("table", ["attn.relative_position_index", "attn_mask"])
-def test_derived_tables_are_dropped(table):
-    weights = renamed(small_weights(), MICROSOFT)
-    assert_loads(weights | {f"layers.0.blocks.1.{table}": torch.ones(16, 4, 4)}, small_weights())
-
-
 @pytest.mark.parametrize(
-    "change, fault",
+    ("names", "lost", "more", "fault"),
     [
-        [lambda weights: weights.pop("norm.weight"), "norm.weight is missing"],
-        [lambda weights: weights.update({"norm.gain": torch.ones(32)}), "norm.gain is left over"],
-        [lambda weights: weights.update({"norm.bias": torch.ones(31)}), r"norm.bias is \(31,\) instead of"],
+        ([], "norm.weight", {}, "norm.weight is missing"),
+        ([], "norm.bias", {"norm.gain": torch.ones(32)}, "norm.gain is left over"),
+        ([], "norm.bias", {"norm.bias": torch.ones(31)}, r"norm.bias is \(31,\) instead of"),
+        (
+            TRANSFORMERS_4,
+            "swin.encoder.layers.1.blocks.0.attention.self.key.weight",
+            {},
+            "stages.1.0.attn.qkv.weight is missing",
+        ),
     ],
-    ids=["missing", "left over", "other shape"],
+    ids=["missing", "left over", "other shape", "no key projection"],
 )
-def test_weights_that_do_not_fit_are_a_value_error_that_names_them(change, fault):
-    weights = small_weights()
-    change(weights)
+def test_weights_that_do_not_fit_are_a_value_error_that_names_them(names, lost, more, fault):
+    weights = renamed(small_weights(), names)
+    del weights[lost]
     with pytest.raises(ValueError, match=fault):
-        load_swin_weights(SwinTransformer(**SMALL), weights)
-
-
-def test_a_missing_key_projection_is_a_value_error():
-    weights = renamed(apart(small_weights()), TRANSFORMERS_4)
-    del weights["swin.encoder.layers.1.blocks.0.attention.self.key.weight"]
-    with pytest.raises(ValueError, match=r"stages.1.0.attn.qkv.weight is missing"):
-        load_swin_weights(SwinTransformer(**SMALL), weights)
+        load_swin_weights(SwinTransformer(**SMALL), weights | more)
 
 
 def test_state_dict_holds_parameters_only():
@@ -206,13 +189,10 @@ def test_state_dict_holds_parameters_only():
 # ---------------------------------------------------------------------------- windows and shift
 
 
-def block(shift):
+def touched(shift, row, column):
+    """(6, 6) bool: where on the map a block's output changes when the input changes at one place."""
     torch.manual_seed(0)
-    return SwinBlock(8, 2, side=6, window_size=3, shift=shift, drop_path=0.0)
-
-
-def touched(block, row, column):
-    """(6, 6) bool: where on the map the block's output changes when the input changes at one place."""
+    block = SwinBlock(8, 2, side=6, window_size=3, shift=shift, drop_path=0.0)
     token = window_order(6, 3).argsort()  # of each place
     x = random_images(1, 36, 8)
     y = x.clone()
@@ -220,23 +200,15 @@ def touched(block, row, column):
     return (block(x) != block(y)).any(-1)[0, token].view(6, 6)
 
 
-def square(first, last):
-    """(6, 6) bool: rows and columns first ... last."""
+@pytest.mark.parametrize(
+    ("shift", "place", "first", "last"),
+    [(0, 0, 0, 2), (1, 3, 1, 3), (1, 0, 0, 0), (1, 5, 4, 5)],
+    ids=["its window", "across a border", "not the opposite edge", "nor from there"],
+)
+def test_attention_stays_within_its_window_which_a_shift_moves(shift, place, first, last):
+    """The window has the rows and columns first ... last."""
     side = (torch.arange(6) >= first) & (torch.arange(6) <= last)
-    return side[:, None] & side
-
-
-def test_attention_stays_within_its_window():
-    assert torch.equal(touched(block(shift=0), 0, 0), square(0, 2))
-
-
-def test_shift_joins_neighbours_across_the_border_of_windows():
-    assert torch.equal(touched(block(shift=1), 3, 3), square(1, 3))
-
-
-@pytest.mark.parametrize("corner, near", [(0, square(0, 0)), (5, square(4, 5))])
-def test_shift_never_joins_opposite_edges(corner, near):
-    assert torch.equal(touched(block(shift=1), corner, corner), near)
+    assert torch.equal(touched(shift, place, place), side[:, None] & side)
 
 
 def test_every_second_block_is_shifted_but_not_where_one_window_covers_the_map():
@@ -254,38 +226,27 @@ def test_a_window_larger_than_the_map_is_the_map():
 
 
 @pytest.mark.parametrize(
-    "sizes",
+    ("sizes", "said"),
     [
-        dict(image_size=34),  # half a patch is left
-        dict(image_size=40, window_size=5),  # maps of 10, 5 and 2.5
-        dict(image_size=48),  # maps of 12, 6 and 3, windows of 2
-        dict(image_size=8),  # smaller than one position of the last map
+        (dict(image_size=34), "do not divide"),  # half a patch is left
+        (dict(image_size=40, window_size=5), "do not divide"),  # maps of 10, 5 and 2.5
+        (dict(image_size=48), "do not divide"),  # maps of 12, 6 and 3, windows of 2
+        (dict(image_size=8), "do not divide"),  # smaller than one position of the last map
+        (dict(num_heads=(1, 2)), "heads"),
+        (dict(num_heads=(1, 3, 4)), "heads"),
     ],
 )
-def test_an_image_size_that_does_not_divide_is_a_value_error(sizes):
-    with pytest.raises(ValueError, match="do not divide"):
+def test_sizes_that_do_not_fit_are_a_value_error_with_a_size_that_does(sizes, said):
+    with pytest.raises(ValueError, match=said) as error:
         SwinTransformer(**SMALL | sizes)
-
-
-def test_the_image_size_that_the_error_suggests_fits():
-    with pytest.raises(ValueError) as error:
-        SwinTransformer(**SMALL | dict(image_size=48))
-    suggested = re.search(r"(\d+) pixels would fit", str(error.value))[1]
-    SwinTransformer(**SMALL | dict(image_size=int(suggested)))
-
-
-def test_depths_and_heads_of_unlike_number_are_a_value_error():
-    with pytest.raises(ValueError, match="heads"):
-        SwinTransformer(**SMALL | dict(num_heads=(1, 2)))
-
-
-@pytest.mark.parametrize("side, window_size, shift", [(8, 4, 0), (8, 4, 2), (6, 3, 1), (7, 7, 0)])
-def test_window_order_is_a_permutation(side, window_size, shift):
-    assert window_order(side, window_size, shift).sort().values.tolist() == list(range(side**2))
+    if suggested := re.search(r"(\d+) pixels would fit", str(error.value)):
+        SwinTransformer(**SMALL | sizes | dict(image_size=int(suggested[1])))
 
 
 def test_window_order_goes_window_by_window():
     assert window_order(4, 2).tolist() == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
+    for side, window_size, shift in [(8, 4, 0), (8, 4, 2), (6, 3, 1), (7, 7, 0)]:
+        assert window_order(side, window_size, shift).sort().values.tolist() == list(range(side**2))
 
 
 def test_gradient_of_a_permutation_is_that_of_indexing():
@@ -301,24 +262,13 @@ def test_gradient_of_a_permutation_is_that_of_indexing():
 # ----------------------------------------------------------------------------- stochastic depth
 
 
-def dropped(rate):
+def test_drop_path_drops_its_share_of_whole_samples_and_keeps_the_mean():
     torch.manual_seed(0)
-    return DropPath(rate).train()(torch.ones(10_000, 2, 3))
-
-
-def test_drop_path_keeps_the_mean():
-    mean = dropped(0.3).mean().item()
-    assert mean == pytest.approx(1, abs=0.033)  # 5 standard errors, √(0.3 / 0.7 / 10,000)
-
-
-def test_drop_path_drops_its_share():
-    share = (dropped(0.3) == 0).float().mean().item()
-    assert share == pytest.approx(0.3, abs=0.023)  # 5 standard errors, √(0.3 × 0.7 / 10,000)
-
-
-def test_drop_path_drops_whole_samples():
-    samples = dropped(0.3).flatten(1)
+    samples = DropPath(0.3).train()(torch.ones(10_000, 2, 3)).flatten(1)
     assert torch.equal(samples.amin(1), samples.amax(1)) and samples.unique().numel() == 2
+    # 5 standard errors: √(0.3 × 0.7 / 10,000) and √(0.3 / 0.7 / 10,000)
+    assert (samples == 0).float().mean().item() == pytest.approx(0.3, abs=0.023)
+    assert samples.mean().item() == pytest.approx(1, abs=0.033)
 
 
 def test_drop_path_drops_nothing_in_evaluation():
