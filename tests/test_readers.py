@@ -169,7 +169,7 @@ def test_the_folder_above_gives_the_same_records(name, tmp_path):
 def test_a_missing_image_fails_the_summary(name, tmp_path, capsys):
     spec = build(name, tmp_path)
     everything(spec)[0].image.unlink()
-    assert summary(spec) == 1 and "missing files:                  1\n" in capsys.readouterr().out
+    assert summary(spec) == 1 and "missing files: 1\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", LISTED)
@@ -270,7 +270,7 @@ DAMAGES = {  # what happens: (layout, file, what becomes of its bytes, what the 
     "UTF-16": ("csv", "table.csv", lambda whole: whole.decode().encode("utf-16"), "not UTF-8 text"),
     "too few cells": ("csv", "table.csv", lambda whole: whole + b"cut", "row 12, has not as many cells"),
     "too many cells": ("csv", "table.csv", lambda whole: whole + b"x," * 9, "row 12, has not as many cells"),
-    "one name twice": ("csv", "table.csv", swap(b"Hernia", b"Edema"), "has 2 columns 'Edema'; keep one"),
+    "one name twice": ("csv", "table.csv", swap(b"Hernia", b"Edema"), "has the column 'Edema' 2 times"),
     "cell too long": ("csv", "table.csv", lambda whole: whole + b"x" * 200_000, "field larger than"),
     "gzip cut short": ("csv.gz", "table.csv.gz", cut(0.7), "cut short or damaged"),
     "gzip without its end": ("csv.gz", "table.csv.gz", lambda whole: whole[:-9], "cut short or damaged"),
@@ -438,7 +438,7 @@ def test_a_patient_in_two_official_splits_fails_the_summary(tmp_path, capsys):
     (root / "valid.csv").write_text(table.replace("patient64541", "patient00002"))
     draw(root / "train" / "patient00002" / "study1" / "view1_frontal.jpg")
     assert summary(f"chexpert={tmp_path}") == 1
-    assert "patients in two splits:         1\n" in capsys.readouterr().out
+    assert "patient 'patient00002' of chexpert is in the splits" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------- mimic-cxr
@@ -632,14 +632,13 @@ def test_covid_radiography_goes_by_number(tmp_path):
     assert ids == ["COVID-1", "COVID-2", "COVID-3", "COVID-10"]
 
 
-def test_covid_radiography_may_have_two_of_its_folders_and_the_summary_names_the_others(tmp_path, capsys):
+def test_covid_radiography_may_have_two_of_its_folders_and_a_note_says_so(tmp_path, capsys):
     spec = f"covid-radiography={covid_radiography(tmp_path, ('COVID', 'Normal'))}"
     assert Counter(*zip(*(r.findings for r in everything(spec)), strict=True)) == {
         "COVID-19": 3,
         "No Finding": 3,
     }
-    assert summary(spec) == 0
-    assert "class folders that are not there: Lung_Opacity, Viral Pneumonia\n" in capsys.readouterr().out
+    assert "has COVID and Normal of the class folders COVID, Lung_Opacity, Normal" in capsys.readouterr().err
 
 
 def test_covid_radiography_with_one_of_its_folders_is_refused(tmp_path):
@@ -860,11 +859,9 @@ def test_the_summary_counts_what_is_there(specs, capsys):
     assert ["Fracture", "0", "4", "0", "6"] in lines
 
 
-def test_the_summary_counts_words_and_repeated_reports(specs, capsys):
+def test_the_summary_counts_the_words_of_reports(specs, capsys):
     summary(specs["mimic-cxr"])
-    printed = capsys.readouterr().out
-    assert "words of a report: mean 6.0, median 7, 95 % up to 8, longest 8" in printed
-    assert "more than once, word for word: 2 of 4" in printed  # two images of one study
+    assert "words of a report: median 7, 95 % up to 8, longest 8" in capsys.readouterr().out
 
 
 def test_one_unsound_set_among_others_fails_the_summary_which_names_both(specs, tmp_path, capsys):
@@ -1075,7 +1072,7 @@ def test_a_patient_in_two_splits_of_two_tables_fails_the_summary(tmp_path, capsy
     row = "image,source,patient,split", "a.png,rsna,7,"
     specs = [table_of(tmp_path / s, row[0], row[1] + s) for s in ("train", "test")]
     assert data.main(["summary", "--no-copies", "--data", *specs]) == 1
-    assert "of all data sets: patient '7' of rsna is in" in capsys.readouterr().out
+    assert "patient '7' of rsna is in the splits" in capsys.readouterr().out
 
 
 def test_one_table_under_two_spellings_is_refused(specs):
