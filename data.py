@@ -196,7 +196,6 @@ def read_image(image, about=None):
     """The image of a Record -> Pillow image of mode "L".
 
     about: pixels a side that are enough; a JPEG is then read at some size above, which is faster.
-    Raises BadInput: the file is missing, empty, cut short, no PNG, JPEG, TIFF, BMP or DICOM, or too large.
     """
     if isinstance(image, np.ndarray):
         return Image.fromarray(image)
@@ -287,10 +286,7 @@ def image_files(root):
 
 
 def check_images(records, image_size):
-    """A look at a sample before a long run.
-
-    Raises BadInput: none of a data set's images is there, or its pack is smaller than image_size a side.
-    """
+    """Refuses data sets none of whose images is there, and packs smaller than image_size a side."""
     for source in dict.fromkeys(record.source for record in records):
         images = [record.image for record in records if record.source == source]
         paths = [image for image in images[:: len(images) // 20 + 1] if isinstance(image, Path)]
@@ -316,7 +312,7 @@ def ignore_signals(_worker):
 
 
 def transformed(image, transform):
-    """The image of a Record as a tensor; raises BadInput where it cannot be read or transformed."""
+    """The image of a Record as a tensor, or BadInput where it cannot be read or transformed."""
     pixels = read_image(image)
     try:
         return transform(pixels)
@@ -456,10 +452,7 @@ PATIENCE = 300  # seconds for one batch, for the `timeout` of loaders
 
 
 def readable(loader):
-    """The batches of a loader; whoever stops early, or is stopped, leaves no loading process behind.
-
-    Raises BadInput: an image is unreadable, or a loading process was killed or stalled.
-    """
+    """The batches of a loader; whoever stops early, or is stopped, leaves no loading process behind."""
     batches = iter(loader)
     try:
         for batch in batches:
@@ -920,12 +913,6 @@ def find_table(root, name, *others):
     return find(root, *names, deep=1) or Path(root, name)
 
 
-def base_of(root, relatives):
-    """The folder, root or up to two below it, in which one of the relative paths is a file, or None."""
-    found = next(filter(None, (find(root, relative) for relative in relatives)), None)
-    return found and next(base for base in found.parents if str(found.relative_to(base)) in relatives)
-
-
 def images_under(root):
     """{name without ending: path} of all image files below root; a converted one goes before its DICOM."""
     paths = sorted(image_files(root), key=lambda path: path.suffix.lower() != ".dcm")
@@ -1010,38 +997,29 @@ def split_by_patient(records, shares=(0.7, 0.1, 0.2), seed=0):
 
 
 def chexpert(root, split):
-    """CheXpert, v1.0 or -small: train.csv, valid.csv and, where they were added, labels of the test set."""
+    """CheXpert, v1.0 or -small: train.csv, valid.csv and, where it was added, test_labels.csv."""
     # A patient's folder is unique, so neither the prefix in the table nor the folder that the archives unpack
     # to matters: CheXpert-v1.0-small/train, train, or "CheXpert-v1.0 batch 2 (train 1)".
     depths = (list(Path(root).glob("*/" * depth + "patient*")) for depth in range(3))
     places = {folder.name: folder for folder in next(filter(None, depths), ())}
-    others = {"valid": ["val_labels.csv"], "test": ["test_labels.csv", "groundtruth.csv"]}
-    table = find_table(root, f"{split}.csv", *others.get(split, []))
+    table = find_table(root, f"{split}.csv", f"{split}_labels.csv")
     return [] if split == "test" and not table.exists() else chexpert_table(table, places)
 
 
 def chexpert_table(table, places=None):
-    """Records of one of CheXpert's tables; that of the test set may name studies in place of images.
-
-    places: {patient: folder}, where to look for the images; None for the table alone.
-    """
+    """Records of one of CheXpert's tables; places: {patient: folder of the images}, if they are there."""
     table, places, records = Path(table), places or {}, []
-    for where, row in read_table(table, CHEXPERT):
-        states = row_states(where, row, CHEXPERT)
-        path = row.get("Path") or row.get("Study") or ""
-        depth = 4 if "Path" in row else 3
-        if path.count("/") < depth - 1:
-            raise BadInput(f"{where}: the path {shown(path)} is none of CheXpert's")
-        split, patient, study, *file = path.split("/")[-depth:]
-        folder = f"{places.get(patient, f'{table.parent}/{split}/{patient}')}/{study}"
-        if not file and not os.path.isdir(folder):
-            raise BadInput(f"{where}: the study {folder} is not there; unpack the test images")
-        for name in file or sorted(os.listdir(folder)):
-            view = row.get("AP/PA", "")
-            if view not in ("PA", "AP"):  # blank for laterals; 17 of the frontal ones are marked LL or RL
-                view = "FRONTAL" if "frontal" in name else "LATERAL"
-            image, known = Path(f"{folder}/{name}"), {"id": f"{split}/{patient}/{study}/{name}", "view": view}
-            records.append(Record(image, None, patient=patient, source="chexpert", **known, **states))
+    for where, row in read_table(table, ("Path", *CHEXPERT)):
+        path, view = row["Path"].split("/")[-4:], row.get("AP/PA", "")
+        if len(path) < 4:
+            raise BadInput(f"{where}: the path {shown(row['Path'])} is none of CheXpert's")
+        split, patient, study, name = path
+        folder = places.get(patient, f"{table.parent}/{split}/{patient}")
+        if view not in ("PA", "AP"):  # blank for laterals; 17 of the frontal ones are marked LL or RL
+            view = "FRONTAL" if "frontal" in name else "LATERAL"
+        known = {"patient": patient, "source": "chexpert", "id": "/".join(path), "view": view}
+        image, states = Path(f"{folder}/{study}/{name}"), row_states(where, row, CHEXPERT)
+        records.append(Record(image, None, **known, **states))
     return records
 
 
@@ -1089,8 +1067,11 @@ def mimic_reports(root, studies):
     """
     archive, reports = find(root, "mimic-cxr-reports.zip"), {}
     with reading(archive or root) as at:
-        sample = [f"{study}.txt" for study in studies[:: len(studies) // 50 + 1]]
-        base = zipfile.Path(archive) if archive else base_of(root, sample)
+        if archive:
+            base = zipfile.Path(archive)
+        else:
+            some = (find(root, f"{study}.txt") for study in studies[:: len(studies) // 50 + 1])
+            base = next((file.parents[3] for file in some if file), None)  # the folder of files/
         for study in studies if base else ():
             file, at.place = base / f"{study}.txt", f", {study}.txt,"
             if file.is_file():
@@ -1610,10 +1591,9 @@ def pack_rows(chosen):
     return rows
 
 
-def pack(data, out, *, side, views=FRONTAL, workers=2, max_bad=100):
-    """Shrinks every image of the data sets once and writes a table of them; goes on where it was stopped.
+def pack(data, out, *, side, views=FRONTAL, workers=2):
+    """Shrinks every image to `side` pixels a side, once, and writes a table; goes on where it was stopped.
 
-    data: as for read_records. side: pixels a side. max_bad: number of images that may be unreadable.
     Returns (number of images in the table, sentences on those that cannot be read, also in bad.txt).
     """
     out = Path(out)
@@ -1636,19 +1616,12 @@ def pack(data, out, *, side, views=FRONTAL, workers=2, max_bad=100):
     jobs = [(r.image, out / row[0]) for (_, r), row in zip(chosen, rows[1:], strict=True)]
     bad = {}
     for row, error in zip(rows[1:], in_processes(partial(pack_images, side), jobs, workers), strict=True):
-        if isinstance(error, BadInput):
-            bad[row[0]] = str(error)
-            if len(bad) > max_bad:
-                break
-        elif error:
+        if isinstance(error, OSError):  # a full disk
             raise error
+        if error:
+            bad[row[0]] = str(error)
     with private_file(out / "bad.txt") as file:
         file.write("".join(f"{sentence}\n" for sentence in bad.values()))
-    if len(bad) > max_bad:
-        raise BadInput(
-            f"{len(bad)} images cannot be read, more than --max-bad {max_bad}; {out / 'bad.txt'} names them. "
-            "With a larger one the same command goes on from here"
-        )
     if len(bad) == len(jobs):
         raise BadInput(f"there is nothing to pack: none of the {len(jobs)} images can be read")
 
@@ -1948,8 +1921,7 @@ def protocol(args):
 
 def run_pack(args):
     """Packs data sets -> exit status."""
-    options = {"side": args.image_size, "views": args.views, "workers": args.workers, "max_bad": args.max_bad}
-    good, bad = pack(args.data, args.out, **options)
+    good, bad = pack(args.data, args.out, side=args.image_size, views=args.views, workers=args.workers)
     if bad:
         print(f"{len(bad):,} images cannot be read and are left out; {args.out}/bad.txt names all:")
         print("\n".join(bad[:3]))
@@ -2009,7 +1981,6 @@ def build_parser():
     data_options(add)
     add("--out", required=True, metavar="FOLDER")
     add("--image-size", type=size, default=256, help="pixels a side, the model's or more")
-    add("--max-bad", type=amount, default=100, help="stop at more unreadable images")
     return p
 
 

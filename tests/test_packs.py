@@ -287,20 +287,6 @@ def test_a_bad_image_that_was_repaired_enters_by_the_same_command(spec, whole, t
     assert content(tmp_path / "pack") == content(whole)
 
 
-def test_more_bad_images_than_the_budget_stop_the_work_until_it_is_larger(tmp_path, program):
-    spec = source(tmp_path / "source", bad=range(5))
-    pack(spec, tmp_path / "unbroken")
-    command = options(spec, tmp_path / "pack", "--views", *data.VIEWS, "--max-bad")
-    for _ in range(2):
-        status, _, (error,) = program(*command, 2)
-        assert status == 2 and not (tmp_path / "pack" / "table.csv").exists()
-        assert (
-            "3 images cannot be read, more than --max-bad 2; " in error
-            and "the same command goes on" in error
-        )
-    assert program(*command, 5)[0] == 0 and content(tmp_path / "pack") == content(tmp_path / "unbroken")
-
-
 def test_a_set_without_one_readable_image_is_refused(tmp_path, program):
     spec = source(tmp_path / "source", bad=range(3), count=3)
     status, _, errors = program(*options(spec, tmp_path / "pack", "--views", *data.VIEWS))

@@ -399,37 +399,10 @@ def test_a_view_that_no_image_has_is_refused(specs):
         data.load_records([specs["chexpert"]], "train", views=["UNKNOWN"])
 
 
-@pytest.fixture
-def studies(tmp_path):
-    """CheXpert whose test labels are by study: groundtruth.csv -> its spec."""
-    root = chexpert(tmp_path) / "CheXpert-v1.0-small"
-    (root / "test_labels.csv").unlink()
-    row = {"Study": "CheXpert-v1.0/test/patient64741/study1", "Edema": "1"}
-    write_table(root / "groundtruth.csv", ["Study", *data.CHEXPERT], [row])
-    return f"chexpert={tmp_path}"
-
-
-def test_chexpert_test_labels_by_study_give_the_records_of_those_by_path(specs, studies):
-    both = [data.read_records([spec], "test")[spec] for spec in (specs["chexpert"], studies)]
-    by_path, by_study = ([(r.id, r.view, r.findings, r.absent, r.blank) for r in found] for found in both)
-    assert by_study == by_path
-
-
-def test_chexpert_test_study_without_its_folder_is_named(studies):
-    shutil.rmtree(Path(studies.partition("=")[2], "CheXpert-v1.0-small", "test"))
-    assert "row 2: the study " in refused(studies) and "patient64741/study1 is not there" in refused(studies)
-
-
-def test_chexpert_without_test_labels_has_no_test_records(studies):
-    Path(studies.partition("=")[2], "CheXpert-v1.0-small", "groundtruth.csv").unlink()
-    assert data.read_records([studies], "test")[studies] == []
-
-
-def test_chexpert_valid_labels_may_have_the_name_of_chexlocalize(tmp_path):
-    root = chexpert(tmp_path, "val")
-    before = contents(f"chexpert={root}")
-    (root / "valid.csv").rename(root / "val_labels.csv")
-    assert contents(f"chexpert={root}") == before
+def test_chexpert_without_test_labels_has_no_test_records(tmp_path):
+    (chexpert(tmp_path) / "CheXpert-v1.0-small" / "test_labels.csv").unlink()
+    spec = f"chexpert={tmp_path}"
+    assert data.read_records([spec], "test")[spec] == []
 
 
 def test_a_patient_in_two_official_splits_fails_the_summary(tmp_path, capsys):
