@@ -1130,8 +1130,9 @@ def rsna(root, split):
         normal = {row["patientId"] for _, row in rows if row["class"] == "Normal"}
     images, records = images_under(root), []
     for r in gloria_split(rsna_table(find_table(root, "stage_2_train_labels.csv")))[split]:
+        image = images.get(r.id, Path(root, "stage_2_train_images", f"{r.id}.dcm"))
         present = frozenset({NO_FINDING}) if r.id in normal else r.findings
-        records.append(replace(r, image=images.get(r.id, Path(root, f"{r.id}.dcm")), findings=present))
+        records.append(replace(r, image=image, findings=present))
     return records
 
 
