@@ -1,6 +1,5 @@
 """Protocols: lists that anyone can rebuild, and runs that keep their patients out."""
 
-import csv
 import hashlib
 import shutil
 from collections import Counter
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from layouts import real, rsna
+from layouts import real, rsna, write_table
 
 import data
 import evaluate
@@ -160,25 +159,21 @@ def test_covid_normal_of_the_published_sizes_has_the_published_classes():
 # ----------------------------------------------------------------------------------------------- command line
 
 
-def chexpert_rows(per_task=201):
-    """Rows of CheXpert's table: so many patients of each task, each with a lateral film, too."""
-    tasks = [task for task in data.COMPETITION for _ in range(per_task)]
-    for n, task in enumerate(tasks):
+def chexpert_table(path, per_task=201):
+    """CheXpert's table with so many patients of each task, each with a lateral film, too."""
+    rows = []
+    for n, task in enumerate(task for task in data.COMPETITION for _ in range(per_task)):
         for view, file in (("AP", "view1_frontal"), ("", "view2_lateral")):
-            labels = ["1.0" if name == task else "" for name in data.CHEXPERT]
-            yield [f"CheXpert-v1.0-small/train/patient{n:05}/study1/{file}.jpg", view, *labels]
-
-
-def write_rows(path, rows, header=("Path", "AP/PA", *data.CHEXPERT)):
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
+            image = f"CheXpert-v1.0-small/train/patient{n:05}/study1/{file}.jpg"
+            rows.append({"Path": image, "AP/PA": view, task: "1.0"})
+    write_table(path, rows, ["Path", "AP/PA", *data.CHEXPERT])
     return path
 
 
 @pytest.fixture(scope="module")
 def chexpert(tmp_path_factory):
     """A table of 2,010 images; nobody writes beside it."""
-    return write_rows(tmp_path_factory.mktemp("chexpert") / "train.csv", chexpert_rows())
+    return chexpert_table(tmp_path_factory.mktemp("chexpert") / "train.csv")
 
 
 def draw_list(program, table, out, *flags, name="chexpert-5x200"):
@@ -202,10 +197,10 @@ def test_the_command_says_how_many_are_listed_and_left(chexpert, tmp_path, progr
 
 
 def test_the_order_of_the_columns_does_not_change_the_list(chexpert, tmp_path, program):
-    with chexpert.open(newline="") as file:
-        header, *rows = (row[::-1] for row in csv.reader(file))
-    turned = write_rows(tmp_path / "turned.csv", rows, header)
-    lists = [draw_list(program, table, tmp_path / "ids.txt")[1] for table in (chexpert, turned)]
+    rows = [",".join(line.split(",")[::-1]) for line in chexpert.read_text().splitlines()]
+    (tmp_path / "turned.csv").write_text("\n".join(rows))
+    tables = (chexpert, tmp_path / "turned.csv")
+    lists = [draw_list(program, table, tmp_path / "ids.txt")[1] for table in tables]
     assert lists[0] == lists[1]
 
 
@@ -225,7 +220,7 @@ def test_a_seed_that_makes_no_sense_is_refused_and_so_is_an_unknown_protocol(see
 
 
 def test_a_class_with_fewer_than_200_images_is_refused_and_writes_no_list(tmp_path, program):
-    table = write_rows(tmp_path / "train.csv", chexpert_rows(199))
+    table = chexpert_table(tmp_path / "train.csv", 199)
     status, _, error = draw_list(program, table, tmp_path / "ids.txt")
     assert status == 2 and error.startswith("data.py: only 199 images show Atelectasis")
     assert not (tmp_path / "ids.txt").exists()
@@ -248,19 +243,17 @@ def test_a_file_that_is_not_this_list_is_never_replaced(chexpert, tmp_path, prog
     assert (tmp_path / out).read_bytes() == before
 
 
-def mimic(folder, per_task=200):
-    """MIMIC-CXR-JPG's three tables: so many validate or test images of each task and as many for training."""
-    images, splits, labels = [], [], []
-    for n, task in enumerate(task for task in data.COMPETITION for _ in range(2 * per_task)):
+def mimic(folder):
+    """MIMIC-CXR-JPG's three tables: 200 validate or test images of each task and as many for training."""
+    rows = []
+    for n, task in enumerate(task for task in data.COMPETITION for _ in range(400)):
         split = "train" if n % 2 else ("validate", "test")[n % 4 // 2]
-        images.append([f"d{n}", f"{10**7 + n}", f"{5 * 10**7 + n}", "PA"])
-        splits.append([f"d{n}", split])
-        labels.append([f"{5 * 10**7 + n}", *("1.0" if name == task else "" for name in data.CHEXPERT)])
-    stem = folder / "mimic-cxr-2.0.0"
-    write_rows(Path(f"{stem}-split.csv"), splits, ("dicom_id", "split"))
-    write_rows(Path(f"{stem}-chexpert.csv"), labels, ("study_id", *data.CHEXPERT))
-    header = ("dicom_id", "subject_id", "study_id", "ViewPosition")
-    return write_rows(Path(f"{stem}-metadata.csv"), images, header)
+        row = {"dicom_id": f"d{n}", "subject_id": 10**7 + n, "study_id": 5 * 10**7 + n, "split": split}
+        rows.append(row | {"ViewPosition": "PA", task: "1.0"})
+    header = ["dicom_id", "subject_id", "study_id", "split", "ViewPosition", *data.CHEXPERT]
+    for name in ("split", "chexpert", "metadata"):  # each needs some of the columns
+        write_table(folder / f"mimic-cxr-2.0.0-{name}.csv", rows, header)
+    return folder / "mimic-cxr-2.0.0-metadata.csv"
 
 
 def test_mimic_5x200_takes_official_validate_and_test_studies_alone(tmp_path, program):

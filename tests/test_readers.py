@@ -529,7 +529,7 @@ def test_medpix_case_in_two_splits_is_refused(tmp_path):
 
 def test_nih_images_of_a_patient_stay_in_one_split(tmp_path):
     rows = [{"Image Index": f"{n}.png", "Finding Labels": "Mass", "Patient ID": n % 20} for n in range(60)]
-    layouts.write_table(tmp_path / "Data_Entry_2017.csv", rows[0], rows)
+    layouts.write_table(tmp_path / "Data_Entry_2017.csv", rows)
     found = Counter(r.patient for r in everything(f"nih-chestxray14={tmp_path}"))
     assert set(found.values()) == {3} and len(found) == 20
 
@@ -879,10 +879,10 @@ def test_one_table_under_two_spellings_is_refused(specs):
 
 
 def test_openi_views_are_those_of_the_dicom_table_where_it_is_there(tmp_path):
-    spec, header = build("openi", tmp_path), ["imageid", "View Position", "Rows"]
+    spec, header = build("openi", tmp_path), ["imageid", "View Position"]
     rows = [("CXR1_IM-0001-3001", "PA"), ("CXR4_IM-00-01", "LL"), ("CXR6_IM-00-01", ""), ("x", "RL")]
     table = [dict(zip(header, row, strict=False)) for row in rows]
-    layouts.write_table(tmp_path / "nlmcxr_dicom_metadata.csv", header, table)
+    layouts.write_table(tmp_path / "nlmcxr_dicom_metadata.csv", table)
     views = {id: r.view for id, r in by_id(spec).items()}
     assert (views["CXR1_1_IM-0001-3001"], views["CXR4_IM-00-01"]) == ("PA", "LATERAL")
     assert views["CXR6_IM-00-01"] == views["CXR7_IM-00-01"] == ""
