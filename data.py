@@ -10,7 +10,7 @@ covid-radiography  Kaggle, licence by source       chest X-rays, COVID-19 and th
 nih-chestxray14    NIH, free with citation         chest X-rays, 14 findings and "No Finding"
 covid-chestxray    github.com/ieee8023             chest X-rays, clinical notes, COVID-19 and others
 medpix2            MedPix 2.0, free with citation  CT and MR images, captions, location category
-csv                your own table, or a pack       images and whatever `csv_table` lists
+csv                your own table, or a pack       images and the columns that README.md lists
 
     python data.py summary --data chexpert=FOLDER           counts what is there and checks it
     python data.py protocol chexpert-5x200 --table FOLDER/train.csv --out ids.txt
@@ -1124,11 +1124,9 @@ def rsna(root, split):
 
     Target 0 is no pneumonia, which is not "No Finding"; stage_2_detailed_class_info.csv says which is.
     """
-    details, normal = find_table(root, "stage_2_detailed_class_info.csv"), set()
-    if details.exists():
-        rows = read_table(details, ("patientId", "class"))
-        normal = {row["patientId"] for _, row in rows if row["class"] == "Normal"}
-    images, records = images_under(root), []
+    details, images, records = find_table(root, "stage_2_detailed_class_info.csv"), images_under(root), []
+    rows = read_table(details, ("patientId", "class")) if details.exists() else ()
+    normal = {row["patientId"] for _, row in rows if row["class"] == "Normal"}
     for r in gloria_split(rsna_table(find_table(root, "stage_2_train_labels.csv")))[split]:
         image = images.get(r.id, Path(root, "stage_2_train_images", f"{r.id}.dcm"))
         present = frozenset({NO_FINDING}) if r.id in normal else r.findings
@@ -1188,29 +1186,30 @@ def openi_xml(root):
         with reading(path):
             tree = ElementTree.fromstring(text)
         section = {part.get("Label").lower(): part.text for part in tree.iter("AbstractText")}
-        report = {"id": path.stem, "headings": [heading.text or "" for heading in tree.iter("major")]}
+        report = {each: section.get(each) for each in ("findings", "impression")} | {"id": path.stem}
+        report["headings"] = [heading.text or "" for heading in tree.iter("major")]
         names = [image.get("id") for image in tree.iter("parentImage")]
         # The first report alone has one number more in the XML than in the table.
         report["images"] = {name: views.get(name.replace("CXR1_1_", "CXR1_"), "") for name in names}
-        reports.append(report | {each: section.get(each) for each in ("findings", "impression")})
+        reports.append(report)
     return sorted(reports, key=lambda report: (len(report["id"]), report["id"]))  # 2.xml before 10.xml
 
 
 def openi_files(root):
     """Yields (path, bytes) of the XML files."""
     folder, archive = find(root, "ecgen-radiology"), find(root, "NLMCXR_reports.tgz")
-    if not folder and not archive:
-        needed = "ecgen-radiology/ nor NLMCXR_reports.tgz nor indiana_reports.csv"
-        raise BadInput(f"{root} has neither {needed}; openi needs one of them")
     if folder:
         for path in folder.glob("*.xml"):
             with reading(path), open_file(path) as file:
                 yield path, read_whole(file)
-        return
-    with reading(archive), tarfile.open(archive) as files:
-        for member in files:
-            if member.isfile() and member.name.endswith(".xml"):
-                yield archive / os.path.basename(member.name), read_whole(files.extractfile(member))
+    elif archive:
+        with reading(archive), tarfile.open(archive) as files:
+            for member in files:
+                if member.isfile() and member.name.endswith(".xml"):
+                    yield archive / os.path.basename(member.name), read_whole(files.extractfile(member))
+    else:
+        needed = "ecgen-radiology/ nor NLMCXR_reports.tgz nor indiana_reports.csv"
+        raise BadInput(f"{root} has neither {needed}; openi needs one of them")
 
 
 MESH = {  # finding -> MeSH headings; other headings say nothing that the chest X-ray data sets share
@@ -1335,20 +1334,7 @@ CSV_COLUMNS = ("image", "id", "source", "patient", "split", "view", "report")
 
 
 def csv_table(table, split):
-    """A table of your own, or FOLDER for FOLDER/table.csv. Only `image` is needed; a blank cell is no cell.
-
-    image     path, relative to the table
-    id        name in lists of protocols; else the path
-    source    name of the data set that it is from; else csv
-    patient   else each image is a patient
-    split     train, valid or test; without this column, splits are drawn by patient
-    view      one of VIEWS
-    report    text, as it stands
-    finding   or label: names between bars, as "Edema|Pneumonia"; the others of the table are absent
-    others    findings: 1 present, 0 absent, -1 uncertain, blank not mentioned, "unknown" not annotated
-
-    Columns with other cells are left out, which a note says.
-    """
+    """A table of your own, or FOLDER for FOLDER/table.csv; README.md says what its columns may hold."""
     table, parts, records = table_of(f"csv={table}"), {name: [] for name in SPLITS}, []
     if not table.is_file():
         if (table.parent / PACK).is_file():
@@ -1549,35 +1535,37 @@ def made_of(folder):
         return dict(json.loads(note.read_text())) if note.is_file() else {}
 
 
+def each(work, jobs):
+    return [work(job) for job in jobs]
+
+
 def in_processes(work, jobs, workers):
-    """Calls work([job, ...]) -> [result, ...] in loading processes, with a bar; yields results in order."""
-    options = {"collate_fn": work, "num_workers": workers, "timeout": PATIENCE if workers else 0}
-    loader = torch.utils.data.DataLoader(jobs, batch_size=16, worker_init_fn=ignore_signals, **options)
+    """Calls work(job) for each job in loading processes, with a bar; yields the results in order."""
+    options = {"num_workers": workers, "timeout": PATIENCE if workers else 0, "batch_size": 16}
+    options |= {"collate_fn": partial(each, work), "worker_init_fn": ignore_signals}
+    loader = torch.utils.data.DataLoader(jobs, **options)
     with tqdm(total=len(jobs), unit="image", mininterval=1, delay=2) as bar:
         for results in readable(loader):
             yield from results
             bar.update(len(results))
 
 
-def pack_images(side, jobs):
-    """Writes images of Records as grey PNG files of side x side pixels, unless they are there and whole.
+def pack_image(side, job):
+    """Writes the image of a Record as a grey PNG file of side x side pixels, unless it is there and whole.
 
-    jobs: [(image, file), ...]. Returns the error of each, or None; runs in loading processes.
+    job: (image, file). Returns None or the error: those of loading processes would arrive as tracebacks.
     """
-
-    def work(image, file):
-        with suppress(BadInput):  # not there, or damaged
-            if read_image(file).size == (side, side):
-                return None
-        try:
-            pixels = transformed(image, evaluation_transform(side))
-            file.parent.mkdir(exist_ok=True, parents=True)
-            with private_file(file, "xb") as png:
-                v2.functional.to_pil_image(pixels).save(png, "PNG")
-        except (BadInput, OSError) as error:
-            return error
-
-    return [work(*job) for job in jobs]
+    image, file = job
+    with suppress(BadInput):  # not there, or damaged
+        if read_image(file).size == (side, side):
+            return None
+    try:
+        pixels = transformed(image, evaluation_transform(side))
+        file.parent.mkdir(exist_ok=True, parents=True)
+        with private_file(file, "xb") as png:
+            v2.functional.to_pil_image(pixels).save(png, "PNG")
+    except (BadInput, OSError) as error:
+        return error
 
 
 def pack_rows(chosen):
@@ -1616,7 +1604,7 @@ def pack(data, out, *, side, views=FRONTAL, workers=2):
 
     jobs = [(r.image, out / row[0]) for (_, r), row in zip(chosen, rows[1:], strict=True)]
     bad = {}
-    for row, error in zip(rows[1:], in_processes(partial(pack_images, side), jobs, workers), strict=True):
+    for row, error in zip(rows[1:], in_processes(partial(pack_image, side), jobs, workers), strict=True):
         if isinstance(error, OSError):  # a full disk
             raise error
         if error:
@@ -1654,19 +1642,17 @@ def left_out(data):
 SAME = 20  # of 256 bits; it finds 268 of covid-chestxray's 652 images again in covid-radiography
 
 
-def picture_hashes(images):
-    """Images of Records -> [(256,) float32 of 1 and -1, ...]; 0 where there is nothing to see."""
-    hashes = []
-    for image in images:
-        bits = np.zeros(256, np.float32)
-        with suppress(BadInput):
-            small = read_image(image, 64).resize((64, 64), Image.Resampling.BILINEAR)
-            dark = small.getextrema()[0] + 16
-            inside = small.point([255 * (grey > dark) for grey in range(256)]).getbbox()  # no pack's margins
-            cells = small.crop(inside).resize((17, 16), Image.Resampling.LANCZOS)
-            bits = np.where(np.diff(np.asarray(cells, np.int16)) > 0, 1, -1).astype(np.float32).ravel()
-        hashes.append(bits * (abs(bits.sum()) <= 256 - 2 * SAME))
-    return hashes
+def picture_hash(image):
+    """Image of a Record -> (256,) float32 of 1 and -1; 0 where there is nothing to see."""
+    try:
+        small = read_image(image, 64).resize((64, 64), Image.Resampling.BILINEAR)
+    except BadInput:
+        return np.zeros(256, np.float32)
+    dark = small.getextrema()[0] + 16
+    inside = small.point([255 * (grey > dark) for grey in range(256)]).getbbox()  # without a pack's margins
+    cells = small.crop(inside).resize((17, 16), Image.Resampling.LANCZOS)
+    bits = np.where(np.diff(np.asarray(cells, np.int16)) > 0, 1, -1).astype(np.float32).ravel()
+    return bits * (abs(bits.sum()) <= 256 - 2 * SAME)
 
 
 def near_pairs(one, other):
@@ -1680,8 +1666,8 @@ def near_pairs(one, other):
 
 
 def hashes_of(records, workers=0):
-    found = list(in_processes(picture_hashes, [record.image for record in records], workers))
-    return np.reshape(found, (-1, 256))
+    images = [record.image for record in records]
+    return np.reshape(list(in_processes(picture_hash, images, workers)), (-1, 256))
 
 
 def near_copies(records, listed, workers=0):
