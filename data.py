@@ -1185,13 +1185,13 @@ def openi_xml(root):
     for path, text in openi_files(root):
         with reading(path):
             tree = ElementTree.fromstring(text)
-        section = {part.get("Label").lower(): part.text for part in tree.iter("AbstractText")}
-        report = {each: section.get(each) for each in ("findings", "impression")} | {"id": path.stem}
-        report["headings"] = [heading.text or "" for heading in tree.iter("major")]
-        names = [image.get("id") for image in tree.iter("parentImage")]
-        # The first report alone has one number more in the XML than in the table.
-        report["images"] = {name: views.get(name.replace("CXR1_1_", "CXR1_"), "") for name in names}
-        reports.append(report)
+            section = {part.get("Label"): part.text for part in tree.iter("AbstractText")}
+            headings = [heading.text or "" for heading in tree.iter("major")]
+            names = [image.get("id") for image in tree.iter("parentImage")]
+            # The first report alone has one number more in the XML than in the table.
+            images = {name: views.get(name.replace("CXR1_1_", "CXR1_"), "") for name in names}
+        texts = {"findings": section.get("FINDINGS"), "impression": section.get("IMPRESSION")}
+        reports.append({"id": path.stem, "headings": headings, "images": images, **texts})
     return sorted(reports, key=lambda report: (len(report["id"]), report["id"]))  # 2.xml before 10.xml
 
 

@@ -270,6 +270,7 @@ DAMAGES = {  # what happens: (layout, file, what becomes of its bytes, what the 
     "archive of one byte": ("openi-archive", "*.tgz", lambda z: z[:1], "cut short or damaged"),
     "XML cut short": ("openi", "7.xml", lambda whole: whole[:-20], "cut short or damaged"),
     "XML of no encoding": ("openi", "7.xml", lambda x: b'<?xml version="1.0" encoding="x"?>' + x, "damaged"),
+    "XML without id": ("openi", "7.xml", swap(b'<parentImage id=', b"<parentImage x="), "7.xml is cut short"),
     "no JSON": ("medpix2", "*dev.jsonl", lambda whole: whole + b'{"U_id": ', ", line 2, is cut"),
     "no description": ("medpix2", "*dev.jsonl", lambda whole: whole + b'{"U_id": "1"}', ", line 2, is cut"),
     "no object": ("medpix2", "*dev.jsonl", lambda whole: whole + b"[1]", ", line 2, is cut"),
