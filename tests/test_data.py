@@ -185,11 +185,6 @@ def test_splits_keep_every_record_and_each_patient_in_one():
     assert patients(cohort, seed=3) == patients(cohort[::-1], seed=3) != patients(cohort, seed=4)
 
 
-def test_a_patient_in_two_splits_is_refused():
-    with pytest.raises(BadInput, match="patient '7' .*'train'.*'test'"):
-        data.pick_split({"train": [record(patient="7")], "test": [record(patient="7")]}, "train")
-
-
 # ----------------------------------------------------------------------------------------------------- images
 
 

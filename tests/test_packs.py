@@ -314,13 +314,6 @@ def test_one_id_for_two_images_is_refused_before_the_work(spec, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_patient_in_two_splits_is_refused_before_the_work(tmp_path):
-    specs = [table_of(tmp_path / s, "image,patient,split", f"{s}.png,7,{s}") for s in ("train", "test")]
-    with pytest.raises(BadInput, match="patient '7' of csv is in the splits"):
-        data.pack(specs, tmp_path / "new", side=SIDE, workers=0)
-    assert not (tmp_path / "new").exists()
-
-
 def test_every_flipped_bit_of_a_packed_image_is_noticed(whole, tmp_path):
     bits, original = np.random.RandomState(0), next((whole / "images").rglob("*.png"))
     pixels = np.asarray(data.read_image(original))
