@@ -1766,8 +1766,8 @@ def in_views(records, views):
 def usable(found, split, limit=None, *, views=FRONTAL, uncertain="ignore"):
     """Of what read_records found, the records to train on or to evaluate, settled.
 
-    limit: keep the first so many of each source (smoke runs). Lacking is raised where nothing is left at all;
-    a note names data sets of which nothing is left beside others.
+    limit: keep the first so many of each source (smoke runs). Data sets of which nothing is left are named in
+    a note; where this is so of all, Lacking is raised.
     """
     records, lacking, number = [], [], Counter()
     for spec, read in found.items():
@@ -1861,8 +1861,8 @@ def print_summary(spec, splits, args):
     if vocabulary(train):
         size = min(args.batch_size, len(train))
         masked, fitting, starved = expected_pairs(train, size)
-        print(f"in a training batch of {size} images the mask removes {masked:.1f} pairs among reports (of")
-        print(f"  images with the same disease) and {fitting:.1f} among prompts (that fit another image)")
+        print(f"in a training batch of {size} images the mask removes {masked:.1f} pairs among reports, of")
+        print(f"images with the same disease, and {fitting:.1f} among prompts, which fit another image")
         if starved > 0.5:
             print(f"WARNING: {starved:.0%} of the labelled images have no negative among the prompts")
     missing = sum(not r.image.exists() for r in records if isinstance(r.image, Path))
@@ -1871,10 +1871,10 @@ def print_summary(spec, splits, args):
 
 
 def expected_pairs(records, batch_size):
-    """What the label mask removes from a random batch, expected.
+    """What the label mask is expected to remove from a random batch -> three float.
 
-    Returns the pairs of images with the same findings, a disease among them: their reports; the pairs of an
-    image and another one's label prompt that fits; the share of labelled images that all prompts fit.
+    Pairs of images with the same findings, a disease among them (their reports); pairs of an image and a
+    label prompt of another that fits it; the share of labelled images that every prompt fits.
     """
     labelled = [record for record in records if record.findings]
     ill = Counter(record.findings for record in labelled if record.findings - NON_DISEASES)
