@@ -1475,10 +1475,9 @@ PROTOCOLS = {
     ),
     "rsna-all": Protocol(*RSNA, lambda records, seed: records),
     "rsna-balanced": Protocol(*RSNA, lambda records, seed: balanced(records, "Pneumonia", seed)),
-    **{
-        f"rsna-gloria-{split}": Protocol(*RSNA, lambda records, seed, s=split: gloria_split(records, seed)[s])
-        for split in SPLITS
-    },
+    "rsna-gloria-train": Protocol(*RSNA, lambda records, seed: gloria_split(records, seed)["train"]),
+    "rsna-gloria-valid": Protocol(*RSNA, lambda records, seed: gloria_split(records, seed)["valid"]),
+    "rsna-gloria-test": Protocol(*RSNA, lambda records, seed: gloria_split(records, seed)["test"]),
     "covid-normal": Protocol(
         "the folder of COVID-19 Radiography",
         lambda folder: [r for r in covid_folders(folder) if r.findings & {"COVID-19", NO_FINDING}],
@@ -1512,7 +1511,6 @@ def write_ids(path, ids):
 
 
 def read_ids(path):
-    """Ids of a protocol's list."""
     ids = [id for _, line in read_lines(path) if (id := line.strip())]
     if not ids:
         raise BadInput(f"{path} is empty; `python data.py protocol` writes a list")
@@ -1530,9 +1528,9 @@ private_file = partial(replacing, permissions=0o600)  # packs hold reports and p
 
 def made_of(folder):
     """What a folder was packed from -> dict, empty where it is no pack."""
-    note = folder / PACK
-    with reading(note):
-        return dict(json.loads(note.read_text())) if note.is_file() else {}
+    path = folder / PACK
+    with reading(path):
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
 def each(work, jobs):
