@@ -1334,7 +1334,11 @@ CSV_COLUMNS = ("image", "id", "source", "patient", "split", "view", "report")
 
 
 def csv_table(table, split):
-    """A table of your own, or FOLDER for FOLDER/table.csv; README.md says what its columns may hold."""
+    """A table of your own, or FOLDER for FOLDER/table.csv; README.md says what its columns may hold.
+
+    Where the cells are blank, the id and the patient of an image are its path and its source is csv; without
+    a column of splits, they are drawn by patient. Columns of other cells are left out, which a note says.
+    """
     table, parts, records = table_of(f"csv={table}"), {name: [] for name in SPLITS}, []
     if not table.is_file():
         if (table.parent / PACK).is_file():
