@@ -10,7 +10,7 @@ covid-radiography  Kaggle, licence by source       chest X-rays, COVID-19 and th
 nih-chestxray14    NIH, free with citation         chest X-rays, 14 findings and "No Finding"
 covid-chestxray    github.com/ieee8023             chest X-rays, clinical notes, COVID-19 and others
 medpix2            MedPix 2.0, free with citation  CT and MR images, captions, location category
-csv                your own table, or a pack       images and whatever `csv_table` lists
+csv                your own table, or a pack       images and the columns that README.md lists
 
     python data.py summary --data chexpert=FOLDER           counts what is there and checks it
     python data.py protocol chexpert-5x200 --table FOLDER/train.csv --out ids.txt
@@ -196,7 +196,6 @@ def read_image(image, about=None):
     """The image of a Record -> Pillow image of mode "L".
 
     about: pixels a side that are enough; a JPEG is then read at some size above, which is faster.
-    Raises BadInput: the file is missing, empty, cut short, no PNG, JPEG, TIFF, BMP or DICOM, or too large.
     """
     if isinstance(image, np.ndarray):
         return Image.fromarray(image)
@@ -292,10 +291,7 @@ def image_files(root):
 
 
 def check_images(records, image_size):
-    """A look at a sample before a long run.
-
-    Raises BadInput: none of a data set's images is there, or its pack is smaller than image_size a side.
-    """
+    """Refuses data sets none of whose images is there, and packs smaller than image_size a side."""
     for source in dict.fromkeys(record.source for record in records):
         images = [record.image for record in records if record.source == source]
         paths = [image for image in images[:: len(images) // 20 + 1] if isinstance(image, Path)]
@@ -321,7 +317,7 @@ def ignore_signals(_worker):
 
 
 def transformed(image, transform):
-    """The image of a Record as a tensor; raises BadInput where it cannot be read or transformed."""
+    """The image of a Record as a tensor, or BadInput where it cannot be read or transformed."""
     pixels = read_image(image)
     try:
         return transform(pixels)
@@ -461,10 +457,7 @@ PATIENCE = 300  # seconds for one batch, for the `timeout` of loaders
 
 
 def readable(loader):
-    """The batches of a loader; whoever stops early, or is stopped, leaves no loading process behind.
-
-    Raises BadInput: an image is unreadable, or a loading process was killed or stalled.
-    """
+    """The batches of a loader; whoever stops early, or is stopped, leaves no loading process behind."""
     batches = iter(loader)
     try:
         for batch in batches:
@@ -824,19 +817,20 @@ LARGEST, LONGEST = 2**31, 2**24
 @contextmanager
 def reading(path, place=""):
     """Turns every error of reading a file into a BadInput: file, place in it, what is wrong, way out."""
+    at = SimpleNamespace(place=place)  # whoever goes on in the file moves it
     try:
-        yield
+        yield at
     except BadInput:
         raise
     except FileNotFoundError as error:
-        raise BadInput(f"{path} is not there; this data set needs it") from error
+        raise BadInput(f"{path} is not there") from error
     except UnicodeError as error:
-        raise BadInput(f"{path}{place} is not UTF-8 text ({error}); save it as UTF-8") from error
+        raise BadInput(f"{path}{at.place} is not UTF-8 text ({error}); save it as UTF-8") from error
     except Exception as error:  # whatever unpacks or parses has errors of its own, and no list is complete
         if getattr(error, "errno", None):
             raise BadInput(f"{path} cannot be read ({error.strerror})") from error
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise BadInput(f"{path}{place} is cut short or damaged ({what}); get it again") from error
+        raise BadInput(f"{path}{at.place} is cut short or damaged ({what}); get it again") from error
 
 
 def open_file(path):
@@ -859,18 +853,17 @@ def read_whole(file, size=LONGEST):
 
 def read_lines(path):
     """Lines of a UTF-8 text file, plain or as .gz or .zip -> yields (number, line)."""
-    path, size, line = Path(path), 0, b""
-    with reading(path), open_file(path) as file:
+    size = 0
+    with reading(path) as at, open_file(Path(path)) as file:
         for number in count(1):
-            with reading(path, f", line {number},"):
-                line = file.readline(LONGEST)
-                size += len(line)
-                if len(line) == LONGEST or size > LARGEST:
-                    raise ValueError(f"a line of {LONGEST:,} or a file of {LARGEST:,} bytes")
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            at.place = f", line {number},"
+            line = file.readline(LONGEST)
+            size += len(line)
+            if len(line) == LONGEST or size > LARGEST:
+                raise ValueError(f"a line of {LONGEST:,} or a file of {LARGEST:,} bytes")
             if not line:
                 return
-            yield number, text
+            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
 
 
 def shown(cell):
@@ -879,67 +872,56 @@ def shown(cell):
     return repr(cell[:200]) if known else f"of {len(cell)} letters"
 
 
+def refuse_repeats(names, where):
+    for name, times in Counter(filter(None, names)).most_common(1):
+        if times > 1:
+            raise BadInput(f"{where} {shown(name)} {times} times; keep one")
+
+
 SWALLOWED = re.compile(r"\n[^\n]*\.(?:png|jpe?g|dcm|tiff?|bmp)[ \"]*(?:,|$)", re.IGNORECASE | re.MULTILINE)
 
 
 def read_table(path, columns=()):
     """Rows of a CSV file, plain or as .gz or .zip -> yields ("PATH, row N", {column: cell}).
 
-    Raises BadInput: no file, a column of `columns` is missing, a row has too few or too many cells, or a
-    quotation mark swallows rows.
+    Refuses a missing or repeated column, a row of another length, and a quotation mark that swallows rows.
     """
-    rows, header = csv.reader((line for _, line in read_lines(path)), strict=True), []
-    for number in count(1):
-        where, line = f"{path}, row {number}", rows.line_num
-        with reading(path, f", row {number},"):
-            cells = next(rows, None)
-        if number == 1:
-            header = cells or []
-            there = ", ".join(name if len(name) <= 12 or name in CHEXPERT else "..." for name in header)
-            for name in columns:
-                if name not in header:
-                    raise BadInput(f"{path} has no column {name!r}; it has {there}")
-            for name, times in Counter(filter(None, header)).most_common(1):
-                if times > 1:
-                    raise BadInput(f"{path} has {times} columns {shown(name)}; keep one")
-        elif cells is None:
-            return
-        elif cells and len(cells) != len(header):
-            raise BadInput(f"{where}, has not as many cells as the header")
-        elif rows.line_num > line + 1 and any(map(SWALLOWED.search, cells)):
-            raise BadInput(f"{where}, goes on over the next rows: close its quotation mark")
-        elif cells:
-            yield where, dict(zip(header, cells, strict=True))
+    rows = csv.reader((line for _, line in read_lines(path)), strict=True)
+    with reading(path) as at:
+        header = next(rows, [])
+        there = ", ".join(name if len(name) <= 12 or name in CHEXPERT else "..." for name in header)
+        for name in columns:
+            if name not in header:
+                raise BadInput(f"{path} has no column {name!r}; it has {there}")
+        refuse_repeats(header, f"{path} has the column")
+        line = rows.line_num
+        for number, cells in enumerate(rows, 2):
+            where = f"{path}, row {number}"
+            if cells and len(cells) != len(header):
+                raise BadInput(f"{where}, has not as many cells as the header")
+            if rows.line_num > line + 1 and any(map(SWALLOWED.search, cells)):
+                raise BadInput(f"{where}, goes on over the next rows: close its quotation mark")
+            line, at.place = rows.line_num, f", after row {number},"
+            if cells:
+                yield where, dict(zip(header, cells, strict=True))
 
 
 def find(root, *patterns, deep=2):
     """The first path that fits one of the patterns in root, or up to `deep` folders below, or None."""
-    for depth in range(deep + 1):
-        for pattern in patterns:
-            if found := sorted(Path(root).glob("*/" * depth + pattern)):
-                return found[0]
-    return None
+    places = ("*/" * depth + pattern for depth in range(deep + 1) for pattern in patterns)
+    return next((path for place in places for path in sorted(Path(root).glob(place))), None)
 
 
 def find_table(root, name, *others):
     """The table of a data set, plain or as .gz or .zip, in its folder or one below."""
-    patterns = [each + ending for each in (name, *others) for ending in ("", ".gz", ".zip")]
-    return find(root, *patterns, deep=1) or Path(root, name)
-
-
-def base_of(root, relatives):
-    """The folder, root or up to two below it, in which one of the relative paths is a file, or None."""
-    found = next(filter(None, (find(root, relative) for relative in relatives)), None)
-    return found and next(base for base in found.parents if str(found.relative_to(base)) in relatives)
+    names = [each + ending for each in (name, *others) for ending in ("", ".gz", ".zip")]
+    return find(root, *names, deep=1) or Path(root, name)
 
 
 def images_under(root):
     """{name without ending: path} of all image files below root; a converted one goes before its DICOM."""
-    files = {}
-    for path in image_files(root):
-        if path.suffix.lower() != ".dcm" or path.stem not in files:
-            files[path.stem] = path
-    return files
+    paths = sorted(image_files(root), key=lambda path: path.suffix.lower() != ".dcm")
+    return {path.stem: path for path in paths}
 
 
 @cache
@@ -975,11 +957,7 @@ def row_states(where, row, names):
 
 
 def clean(text):
-    """A report as one line without redaction marks (___ of MIMIC-CXR, XXXX of Open-I) and list numbers.
-
-    Returns:
-        str, or None where no word is left: an image without usable text has no report.
-    """
+    """A report as one line without redaction marks (___ of MIMIC-CXR, XXXX of Open-I) and list numbers."""
     text = re.sub(r"(?:\A|(?<=[.:;])\s)\s*\d{1,2}[.)]\s", " ", text)
     text = re.sub(r"[\w/'-]+", lambda word: " " if re.search("XXXX|___", word[0]) else word[0], text)
     text = " ".join(re.sub(r"\(\s*\)", " ", text).split())
@@ -987,7 +965,7 @@ def clean(text):
 
 
 def as_written(text):
-    """A text without the blanks around it, or None where it has no word."""
+    """A text without the blanks around it, or None where it has no word: then there is no report."""
     return text.strip() if re.search(r"[^\W\d_]{2}", text) else None
 
 
@@ -1009,10 +987,7 @@ def pick_split(splits, split):
 
 
 def split_by_patient(records, shares=(0.7, 0.1, 0.2), seed=0):
-    """Splits for a data set without official ones -> {split: records}, in the order of SPLITS.
-
-    Patients are shuffled by the seed and cut by the shares (ours).
-    """
+    """{split: records} for a data set without official splits; patients are cut by the shares (ours)."""
     patients = np.array(sorted({record.patient for record in records}))
     np.random.RandomState(seed).shuffle(patients)
     cuts = np.cumsum(np.array(shares[:-1]) * len(patients)).round().astype(int)
@@ -1027,40 +1002,29 @@ def split_by_patient(records, shares=(0.7, 0.1, 0.2), seed=0):
 
 
 def chexpert(root, split):
-    """CheXpert, v1.0 or -small: train.csv, valid.csv and, where they were added, labels of the test set."""
+    """CheXpert, v1.0 or -small: train.csv, valid.csv and, where it was added, test_labels.csv."""
     # A patient's folder is unique, so neither the prefix in the table nor the folder that the archives unpack
     # to matters: CheXpert-v1.0-small/train, train, or "CheXpert-v1.0 batch 2 (train 1)".
-    depths = (Path(root).glob("*/" * depth + "patient*") for depth in range(3))
-    found = next((folders for folders in map(list, depths) if folders), ())
-    others = {"valid": ["val_labels.csv"], "test": ["test_labels.csv", "groundtruth.csv"]}
-    table = find_table(root, f"{split}.csv", *others.get(split, []))
-    if split == "test" and not table.exists():
-        return []
-    return chexpert_table(table, {folder.name: folder for folder in found})
+    depths = (list(Path(root).glob("*/" * depth + "patient*")) for depth in range(3))
+    places = {folder.name: folder for folder in next(filter(None, depths), ())}
+    table = find_table(root, f"{split}.csv", f"{split}_labels.csv")
+    return [] if split == "test" and not table.exists() else chexpert_table(table, places)
 
 
 def chexpert_table(table, places=None):
-    """Records of one of CheXpert's tables; that of the test set may name studies in place of images.
-
-    places: {patient: folder}, where to look for the images; None for the table alone.
-    """
-    table, records = Path(table), []
-    for where, row in read_table(table, CHEXPERT):
-        states = row_states(where, row, CHEXPERT)
-        path = row.get("Path") or row.get("Study") or ""
-        depth = 4 if "Path" in row else 3
-        if path.count("/") < depth - 1:
-            raise BadInput(f"{where}: the path {shown(path)} is none of CheXpert's")
-        split, patient, study, *file = path.split("/")[-depth:]
-        folder = f"{(places or {}).get(patient, f'{table.parent}/{split}/{patient}')}/{study}"
-        if not file and not os.path.isdir(folder):
-            raise BadInput(f"{where}: the study {folder} is not there; unpack the test images")
-        for name in file or sorted(os.listdir(folder)):
-            view = row.get("AP/PA", "")
-            if view not in ("PA", "AP"):  # blank for laterals; 17 of the frontal ones are marked LL or RL
-                view = "FRONTAL" if "frontal" in name else "LATERAL"
-            image, known = Path(f"{folder}/{name}"), {"id": f"{split}/{patient}/{study}/{name}", "view": view}
-            records.append(Record(image, None, patient=patient, source="chexpert", **known, **states))
+    """Records of one of CheXpert's tables; places: {patient: folder of the images}, if they are there."""
+    table, places, records = Path(table), places or {}, []
+    for where, row in read_table(table, ("Path", *CHEXPERT)):
+        path, view = row["Path"].split("/")[-4:], row.get("AP/PA", "")
+        if len(path) < 4:
+            raise BadInput(f"{where}: the path {shown(row['Path'])} is none of CheXpert's")
+        split, patient, study, name = path
+        folder = places.get(patient, f"{table.parent}/{split}/{patient}")
+        if view not in ("PA", "AP"):  # blank for laterals; 17 of the frontal ones are marked LL or RL
+            view = "FRONTAL" if "frontal" in name else "LATERAL"
+        known = {"patient": patient, "source": "chexpert", "id": "/".join(path), "view": view}
+        image, states = Path(f"{folder}/{study}/{name}"), row_states(where, row, CHEXPERT)
+        records.append(Record(image, None, **known, **states))
     return records
 
 
@@ -1076,27 +1040,20 @@ def mimic_cxr(root, split):
     metadata = find(root, "mimic-cxr-2.*-metadata.csv*") or Path(root, "mimic-cxr-2.0.0-metadata.csv.gz")
     records = mimic_table(metadata, {"valid": "validate"}.get(split, split))
     reports = mimic_reports(root, list(dict.fromkeys(os.path.dirname(record.id) for record in records)))
-    some = [record.id[:-4] for record in records[:: len(records) // 50 + 1]]
-    places = {ending: base_of(root, [id + ending for id in some]) for ending in (".jpg", ".png")}
-    ending, base = next(((e, base) for e, base in places.items() if base), (".jpg", root))
-    return [
-        replace(r, image=Path(base, r.id[:-4] + ending), report=reports.get(os.path.dirname(r.id)))
-        for r in records
-    ]
+    ending = next(image_files(metadata.parent / "files"), Path(".jpg")).suffix  # PNG where it was converted
+    places = [Path(metadata.parent, r.id.removesuffix(".jpg") + ending) for r in records]
+    texts = [reports.get(os.path.dirname(r.id)) for r in records]
+    return [replace(r, image=i, report=t) for r, i, t in zip(records, places, texts, strict=True)]
 
 
 def mimic_table(metadata, *splits):
     """Records of the images in these official splits, without report; the other two tables lie beside."""
-
-    def beside(name):
-        default = Path(metadata.parent, f"mimic-cxr-2.0.0-{name}.csv.gz")
-        return find(metadata.parent, f"mimic-cxr-2.*-{name}.csv*", deep=0) or default
-
     metadata, records = Path(metadata), []
     next(read_table(metadata), None)  # where the folder is wrong, name this table, not those beside it
-    rows = read_table(beside("split"), ("dicom_id", "split"))
+    folder, stem = metadata.parent, metadata.name.partition("metadata.csv")[0]
+    rows = read_table(find_table(folder, stem + "split.csv"), ("dicom_id", "split"))
     chosen = {row["dicom_id"] for _, row in rows if row["split"] in splits}
-    rows = read_table(beside("chexpert"), ("study_id", *CHEXPERT))
+    rows = read_table(find_table(folder, stem + "chexpert.csv"), ("study_id", *CHEXPERT))
     labels = {row["study_id"]: row_states(where, row, CHEXPERT) for where, row in rows}
     for _, row in read_table(metadata, ("dicom_id", "subject_id", "study_id", "ViewPosition")):
         if row["dicom_id"] in chosen:
@@ -1113,19 +1070,19 @@ def mimic_reports(root, studies):
 
     Impression before findings, so that cutting a long text does not cut the conclusion (ours).
     """
-    archive = find(root, "mimic-cxr-reports.zip")
-    base = archive or base_of(root, [f"{study}.txt" for study in studies[:: len(studies) // 50 + 1]])
-    reports = {}
-    with reading(base):
-        files = zipfile.ZipFile(archive) if archive else None
+    archive, reports = find(root, "mimic-cxr-reports.zip"), {}
+    with reading(archive or root) as at:
+        if archive:
+            base = zipfile.Path(archive)
+        else:
+            some = (find(root, f"{study}.txt") for study in studies[:: len(studies) // 50 + 1])
+            base = next((file.parents[3] for file in some if file), None)  # the folder of files/
         for study in studies if base else ():
-            try:
-                file = files.open(f"{study}.txt") if files else open_file(Path(base, f"{study}.txt"))
-            except (KeyError, FileNotFoundError):
-                continue
-            with reading(base, f", {study}.txt,"), file:
-                part = report_sections(read_whole(file).decode()).get
-            reports[study] = join(part("impression"), part("findings")) or join(part("last_paragraph"))
+            file, at.place = base / f"{study}.txt", f", {study}.txt,"
+            if file.is_file():
+                with file.open("rb") as text:
+                    part = report_sections(read_whole(text).decode()).get
+                reports[study] = join(part("impression"), part("findings")) or join(part("last_paragraph"))
     return reports
 
 
@@ -1172,11 +1129,9 @@ def rsna(root, split):
 
     Target 0 is no pneumonia, which is not "No Finding"; stage_2_detailed_class_info.csv says which is.
     """
-    details, normal = find_table(root, "stage_2_detailed_class_info.csv"), set()
-    if details.exists():
-        rows = read_table(details, ("patientId", "class"))
-        normal = {row["patientId"] for _, row in rows if row["class"] == "Normal"}
-    images, records = images_under(root), []
+    details, images, records = find_table(root, "stage_2_detailed_class_info.csv"), images_under(root), []
+    rows = read_table(details, ("patientId", "class")) if details.exists() else ()
+    normal = {row["patientId"] for _, row in rows if row["class"] == "Normal"}
     for r in gloria_split(rsna_table(find_table(root, "stage_2_train_labels.csv")))[split]:
         image = images.get(r.id, Path(root, "stage_2_train_images", f"{r.id}.dcm"))
         present = frozenset({NO_FINDING}) if r.id in normal else r.findings
@@ -1191,43 +1146,40 @@ def rsna_table(table):
         if row["Target"] not in ("0", "1"):
             raise BadInput(f"{where}: the Target is neither 0 nor 1")
         target[row["patientId"]] = max(row["Target"], target.get(row["patientId"], "0"))
-    states = {"1": (frozenset({"Pneumonia"}), frozenset()), "0": (frozenset(), frozenset({"Pneumonia"}))}
-    return [
-        Record(Path(id), None, present, id, "rsna", absent, id=id, view="FRONTAL")
-        for id, (present, absent) in ((id, states[target[id]]) for id in sorted(target))
-    ]
+    pneumonia, none = frozenset({"Pneumonia"}), frozenset()
+    known = {"source": "rsna", "view": "FRONTAL"}
+    states = {"1": {"findings": pneumonia}, "0": {"findings": none, "absent": pneumonia}}
+    return [Record(Path(id), None, patient=id, id=id, **known, **states[target[id]]) for id in sorted(target)]
 
 
 def openi(root, split):
     """Open-I: reports and MeSH headings from the XML or Kaggle's tables; splits by patient, one a report."""
     images, records = images_under(root), []
     for report in openi_tables(root) or openi_xml(root):
-        states = mesh_states(report["headings"])
         text = join(report["impression"], report["findings"])
+        known = {"patient": report["id"], "source": "openi", **mesh_states(report["headings"])}
         for id, view in report["images"].items():
-            image, patient = images.get(id, Path(root, f"{id}.png")), report["id"]
-            records.append(Record(image, text, patient=patient, source="openi", id=id, view=view, **states))
-    return pick_split(split_by_patient(records), split)
+            image = images.get(id, Path(root, f"{id}.png"))
+            records.append(Record(image, text, id=id, view=view, **known))
+    return split_by_patient(records)[split]
 
 
 def openi_tables(root):
-    """Reports of Open-I from Kaggle's two tables; none where indiana_reports.csv is not there.
+    """Reports of Open-I from Kaggle's two tables, each as a dict; none where these are not there.
 
-    Returns:
-        [{"id", "findings", "impression": str, "headings": list of str, "images": {name: view}}, ...]; an
-        image's name is its file's without ending.
+    "headings" is a list; "images" is {name of the file without ending: view}.
     """
-    table, images = find_table(root, "indiana_reports.csv"), {}
+    table, images, reports = find_table(root, "indiana_reports.csv"), {}, []
     if not table.exists():
-        return []
+        return reports
     projections = find_table(root, "indiana_projections.csv")
     for _, row in read_table(projections, ("uid", "filename", "projection")):
         name = os.path.splitext(row["filename"])[0]
         images.setdefault(row["uid"], {})[name] = row["projection"].upper()
-    return [
-        {**row, "id": row["uid"], "headings": row["MeSH"].split(";"), "images": images.get(row["uid"], {})}
-        for _, row in read_table(table, ("uid", "MeSH", "findings", "impression"))
-    ]
+    for _, row in read_table(table, ("uid", "MeSH", "findings", "impression")):
+        more = {"headings": row["MeSH"].split(";"), "images": images.get(row["uid"], {})}
+        reports.append({"id": row["uid"], **row, **more})
+    return reports
 
 
 def openi_xml(root):
@@ -1238,32 +1190,31 @@ def openi_xml(root):
     for path, text in openi_files(root):
         with reading(path):
             tree = ElementTree.fromstring(text)
-        section = {part.get("Label"): part.text for part in tree.iter("AbstractText")}
-        report = {"id": path.stem, "headings": [heading.text or "" for heading in tree.iter("major")]}
-        names = [image.get("id") for image in tree.iter("parentImage")]
-        # The first report alone has one number more in the XML than in the table.
-        report["images"] = {name: views.get(name.replace("CXR1_1_", "CXR1_"), "") for name in names}
-        reports.append(report | {each: section.get(each.upper()) for each in ("findings", "impression")})
-    return reports
+            section = {part.get("Label"): part.text for part in tree.iter("AbstractText")}
+            headings = [heading.text or "" for heading in tree.iter("major")]
+            names = [image.get("id") for image in tree.iter("parentImage")]
+            # The first report alone has one number more in the XML than in the table.
+            images = {name: views.get(name.replace("CXR1_1_", "CXR1_"), "") for name in names}
+        texts = {"findings": section.get("FINDINGS"), "impression": section.get("IMPRESSION")}
+        reports.append({"id": path.stem, "headings": headings, "images": images, **texts})
+    return sorted(reports, key=lambda report: (len(report["id"]), report["id"]))  # 2.xml before 10.xml
 
 
 def openi_files(root):
-    """[(path, bytes), ...] of the XML files in the order of their numbers."""
-    folder, archive, texts = find(root, "ecgen-radiology"), find(root, "NLMCXR_reports.tgz"), {}
+    """Yields (path, bytes) of the XML files."""
+    folder, archive = find(root, "ecgen-radiology"), find(root, "NLMCXR_reports.tgz")
     if folder:
         for path in folder.glob("*.xml"):
             with reading(path), open_file(path) as file:
-                texts[path] = read_whole(file)
+                yield path, read_whole(file)
     elif archive:
         with reading(archive), tarfile.open(archive) as files:
             for member in files:
                 if member.isfile() and member.name.endswith(".xml"):
-                    path = archive / os.path.basename(member.name)
-                    texts[path] = read_whole(files.extractfile(member))
+                    yield archive / os.path.basename(member.name), read_whole(files.extractfile(member))
     else:
         needed = "ecgen-radiology/ nor NLMCXR_reports.tgz nor indiana_reports.csv"
         raise BadInput(f"{root} has neither {needed}; openi needs one of them")
-    return sorted(texts.items(), key=lambda item: (len(item[0].name), item[0].name))  # 2.xml before 10.xml
 
 
 MESH = {  # finding -> MeSH headings; other headings say nothing that the chest X-ray data sets share
@@ -1292,28 +1243,23 @@ COVID_CLASSES = {  # folder -> finding
 
 def covid_radiography(root, split):
     """COVID-19 Radiography Database: a class is a folder, an image is a patient; splits by a seed."""
-    return pick_split(split_by_patient(covid_folders(root)), split)
+    return split_by_patient(covid_folders(root))[split]
 
 
-def covid_classes(root):
-    """{name in COVID_CLASSES: folder} of those that are there."""
+def covid_folders(root):
+    """Records of all class folders that are there, each in the order of the numbers of its images."""
 
     def letters(name):  # releases differ in case, blank and underscore
         return re.sub("[^a-z]", "", name.lower())
 
-    found = {letters(path.name): path for path in (*Path(root).glob("*/*/"), *Path(root).glob("*/"))}
-    folders = {name: found.get(letters(name), Path(root, name)) for name in COVID_CLASSES}
-    return {name: folder for name, folder in folders.items() if folder.is_dir()}
-
-
-def covid_folders(root):
-    """Records of all classes that are there, each in the order of the numbers of its images."""
-    folders, records = covid_classes(root), []
+    below = {letters(path.name): path for path in (*Path(root).glob("*/*/"), *Path(root).glob("*/"))}
+    folders = {name: below[letters(name)] for name in COVID_CLASSES if letters(name) in below}
+    there = f"{root} has {' and '.join(folders) or 'none'} of the class folders {', '.join(COVID_CLASSES)}"
     if len(folders) < 2:
-        raise BadInput(
-            f"{root} has {' and '.join(folders) or 'none'} of the class folders {', '.join(COVID_CLASSES)}; "
-            "covid-radiography needs at least two"
-        )
+        raise BadInput(f"{there}; covid-radiography needs at least two")
+    if len(folders) < len(COVID_CLASSES):
+        note(there)
+    records = []
     for name, folder in folders.items():
         finding = COVID_CLASSES[name]
         images = images_under(folder / "images" if (folder / "images").is_dir() else folder)
@@ -1340,7 +1286,7 @@ def nih_chestxray14(root, split):
         records.append(Record(image, None, present, patient, "nih-chestxray14", absent, id=id, view=view))
     official = Path(root, "test_list.txt")
     if not official.exists():
-        return pick_split(split_by_patient(records), split)
+        return split_by_patient(records)[split]
     test = {line.strip() for _, line in read_lines(official)}
     splits = split_by_patient([r for r in records if r.id not in test], shares=(0.9, 0.1, 0.0))
     return pick_split({**splits, "test": [r for r in records if r.id in test]}, split)
@@ -1367,7 +1313,7 @@ def covid_chestxray(root, split):
         known = {"patient": patient, "source": "covid-chestxray", "id": id, "view": row["view"][:2]}
         records.append(Record(Path(root, id), notes, frozenset(names), **known))
     records = [replace(r, patient=alias.get(r.patient, r.patient)) for r in records]
-    return pick_split(split_by_patient(records), split)
+    return split_by_patient(records)[split]
 
 
 def medpix2(root, split):
@@ -1393,19 +1339,10 @@ CSV_COLUMNS = ("image", "id", "source", "patient", "split", "view", "report")
 
 
 def csv_table(table, split):
-    """A table of your own, or FOLDER for FOLDER/table.csv. Only `image` is needed; a blank cell is no cell.
+    """A table of your own, or FOLDER for FOLDER/table.csv; README.md says what its columns may hold.
 
-    image     path, relative to the table
-    id        name in lists of protocols; else the path
-    source    name of the data set that it is from; else csv
-    patient   else each image is a patient
-    split     train, valid or test; without this column, splits are drawn by patient
-    view      one of VIEWS
-    report    text, as it stands
-    finding   or label: names between bars, as "Edema|Pneumonia"; the others of the table are absent
-    others    findings: 1 present, 0 absent, -1 uncertain, blank not mentioned, "unknown" not annotated
-
-    Columns with other cells are left out, which a note says.
+    Where the cells are blank, the id and the patient of an image are its path and its source is csv; without
+    a column of splits, they are drawn by patient. Columns of other cells are left out, which a note says.
     """
     table, parts, records = table_of(f"csv={table}"), {name: [] for name in SPLITS}, []
     if not table.is_file():
@@ -1417,11 +1354,12 @@ def csv_table(table, split):
     for where, row in read_table(table):
         cell = {name: row.get(name, "").strip() for name in CSV_COLUMNS}
         image, view, part = cell["image"], cell["view"].upper(), cell["split"].lower()
+        part = called.get(part, part)
         if Path(image).suffix.lower() not in ENDINGS:
             raise BadInput(f"{where}, names no image, that is no file that ends with {', '.join(ENDINGS)}")
         if view and view not in VIEWS:
             raise BadInput(f"{where}: the view {shown(cell['view'])} is none of {', '.join(VIEWS)}")
-        if "split" in row and called.get(part, part) not in parts:
+        if "split" in row and part not in parts:
             raise BadInput(f"{where}: the split {shown(cell['split'])} is none of {', '.join(SPLITS)}")
         states = row_states(where, row, names)
         if text and (present := names_in(row[text])):
@@ -1429,10 +1367,9 @@ def csv_table(table, split):
             states = states | {"findings": interned(states["findings"] | present), "absent": absent}
         known = {"patient": cell["patient"] or image, "source": cell["source"] or "csv"}
         known |= {"id": cell["id"] or image, "view": view} | states
-        report = as_written(cell["report"])
-        records.append(Record(Path(table.parent, image), report, **known))
+        records.append(Record(Path(table.parent, image), as_written(cell["report"]), **known))
         if "split" in row:
-            parts[called.get(part, part)].append(records[-1])
+            parts[part].append(records[-1])
     return pick_split(parts if any(parts.values()) else split_by_patient(records), split)
 
 
@@ -1479,14 +1416,19 @@ def only_finding(record):
     return next(iter(findings)) if len(findings) == 1 else None
 
 
+def sample(rng, records, number, what="are there"):
+    """So many of the records, drawn at random, each at most once."""
+    if len(records) < number:
+        raise BadInput(f"only {len(records)} images {what}; {number} are needed")
+    return [records[i] for i in rng.choice(len(records), number, replace=False)]
+
+
 def five_by(number, records, rng):
     """So many records of each of the five competition tasks, drawn from those that show nothing else."""
     drawn = []
     for task in COMPETITION:
         candidates = [record for record in records if only_finding(record) == task]
-        if len(candidates) < number:
-            raise BadInput(f"only {len(candidates)} images show {task} and nothing else; {number} are needed")
-        drawn += [candidates[i] for i in rng.choice(len(candidates), number, replace=False)]
+        drawn += sample(rng, candidates, number, f"show {task} and nothing else")
     return drawn
 
 
@@ -1499,8 +1441,7 @@ def gloria_5x200(records, seed):
 def medclip_5x200(records, seed):
     """MedCLIP's rule: all views, uncertain is absent; 400 of each task, and of these 2,000 a random half."""
     rng = np.random.RandomState(seed)
-    drawn = five_by(400, records, rng)
-    return [drawn[i] for i in rng.choice(len(drawn), len(drawn) // 2, replace=False)]
+    return sample(rng, five_by(400, records, rng), 1000)
 
 
 def gloria_split(records, seed=0):
@@ -1521,15 +1462,8 @@ def balanced(records, finding, seed, number=None):
     rng = np.random.RandomState(seed)
     present = [record for record in records if finding in record.findings]
     others = [record for record in records if finding not in record.findings]
-    if len(others) < len(present):
-        counts = f"{len(present)} images show {finding} and only {len(others)} do not"
-        raise BadInput(f"{counts}; as many are needed")
-    drawn = present + [others[i] for i in rng.choice(len(others), len(present), replace=False)]
-    if number is None:
-        return drawn
-    if len(drawn) < number:
-        raise BadInput(f"{len(drawn)} images are too few; {number} are needed")
-    return [drawn[i] for i in rng.choice(len(drawn), number, replace=False)]
+    drawn = present + sample(rng, others, len(present), f"show no {finding}")
+    return drawn if number is None else sample(rng, drawn, number)
 
 
 class Protocol(NamedTuple):
@@ -1539,14 +1473,7 @@ class Protocol(NamedTuple):
     seed: int = 0  # of the published list where there is one
 
 
-def rsna_protocol(rule):
-    return Protocol("RSNA's stage_2_train_labels.csv", rsna_table, rule)
-
-
-def gloria_part(split, records, seed):
-    return gloria_split(records, seed)[split]
-
-
+RSNA = "RSNA's stage_2_train_labels.csv", rsna_table
 PROTOCOLS = {
     "chexpert-5x200": Protocol("CheXpert's train.csv", chexpert_table, gloria_5x200),
     "chexpert-5x200-medclip": Protocol("CheXpert's train.csv", chexpert_table, medclip_5x200, 42),
@@ -1555,9 +1482,11 @@ PROTOCOLS = {
         lambda table: mimic_table(table, "validate", "test"),
         gloria_5x200,
     ),
-    "rsna-all": rsna_protocol(lambda records, seed: records),
-    "rsna-balanced": rsna_protocol(lambda records, seed: balanced(records, "Pneumonia", seed)),
-    **{f"rsna-gloria-{split}": rsna_protocol(partial(gloria_part, split)) for split in SPLITS},
+    "rsna-all": Protocol(*RSNA, lambda records, seed: records),
+    "rsna-balanced": Protocol(*RSNA, lambda records, seed: balanced(records, "Pneumonia", seed)),
+    "rsna-gloria-train": Protocol(*RSNA, lambda records, seed: gloria_split(records, seed)["train"]),
+    "rsna-gloria-valid": Protocol(*RSNA, lambda records, seed: gloria_split(records, seed)["valid"]),
+    "rsna-gloria-test": Protocol(*RSNA, lambda records, seed: gloria_split(records, seed)["test"]),
     "covid-normal": Protocol(
         "the folder of COVID-19 Radiography",
         lambda folder: [r for r in covid_folders(folder) if r.findings & {"COVID-19", NO_FINDING}],
@@ -1591,14 +1520,9 @@ def write_ids(path, ids):
 
 
 def read_ids(path):
-    """Ids of a protocol's list."""
-    way_out = "`python data.py protocol` writes one"
-    try:
-        ids = [id for _, line in read_lines(path) if (id := line.strip())]
-    except BadInput as error:
-        raise BadInput(f"the list {path} cannot be read ({error}); {way_out}") from None
+    ids = [id for _, line in read_lines(path) if (id := line.strip())]
     if not ids:
-        raise BadInput(f"the list {path} is empty; {way_out}")
+        raise BadInput(f"{path} is empty; `python data.py protocol` writes a list")
     return ids
 
 
@@ -1613,40 +1537,42 @@ private_file = partial(replacing, permissions=0o600)  # packs hold reports and p
 
 def made_of(folder):
     """What a folder was packed from -> dict, empty where it is no pack."""
-    note = folder / PACK
-    with reading(note):
-        return dict(json.loads(note.read_text())) if note.is_file() else {}
+    path = folder / PACK
+    with reading(path):
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def each(work, jobs):
+    return [work(job) for job in jobs]
 
 
 def in_processes(work, jobs, workers):
-    """Calls work([job, ...]) -> [result, ...] in loading processes, with a bar; yields results in order."""
-    options = {"collate_fn": work, "num_workers": workers, "timeout": PATIENCE if workers else 0}
-    loader = torch.utils.data.DataLoader(jobs, batch_size=16, worker_init_fn=ignore_signals, **options)
+    """Calls work(job) for each job in loading processes, with a bar; yields the results in order."""
+    options = {"num_workers": workers, "timeout": PATIENCE if workers else 0, "batch_size": 16}
+    options |= {"collate_fn": partial(each, work), "worker_init_fn": ignore_signals}
+    loader = torch.utils.data.DataLoader(jobs, **options)
     with tqdm(total=len(jobs), unit="image", mininterval=1, delay=2) as bar:
         for results in readable(loader):
             yield from results
             bar.update(len(results))
 
 
-def pack_images(side, jobs):
-    """Writes images of Records as grey PNG files of side x side pixels, unless they are there and whole.
+def pack_image(side, job):
+    """Writes the image of a Record as a grey PNG file of side x side pixels, unless it is there and whole.
 
-    jobs: [(image, file), ...]. Returns the error of each, or None; runs in loading processes.
+    job: (image, file). Returns None or the error: those of loading processes would arrive as tracebacks.
     """
-
-    def work(image, file):
-        with suppress(BadInput):  # not there, or damaged
-            if read_image(file).size == (side, side):
-                return None
-        try:
-            pixels = transformed(image, evaluation_transform(side))
-            file.parent.mkdir(exist_ok=True, parents=True)
-            with private_file(file, "xb") as png:
-                v2.functional.to_pil_image(pixels).save(png, "PNG")
-        except (BadInput, OSError) as error:
-            return error
-
-    return [work(*job) for job in jobs]
+    image, file = job
+    with suppress(BadInput):  # not there, or damaged
+        if read_image(file).size == (side, side):
+            return None
+    try:
+        pixels = transformed(image, evaluation_transform(side))
+        file.parent.mkdir(exist_ok=True, parents=True)
+        with private_file(file, "xb") as png:
+            v2.functional.to_pil_image(pixels).save(png, "PNG")
+    except (BadInput, OSError) as error:
+        return error
 
 
 def pack_rows(chosen):
@@ -1661,20 +1587,16 @@ def pack_rows(chosen):
     return rows
 
 
-def pack(data, out, *, side, views=FRONTAL, workers=2, max_bad=100):
-    """Shrinks every image of the data sets once and writes a table of them; goes on where it was stopped.
+def pack(data, out, *, side, views=FRONTAL, workers=2):
+    """Shrinks every image to `side` pixels a side, once, and writes a table; goes on where it was stopped.
 
-    data: as for read_records. out: folder. side: pixels a side. views: those to keep.
-    workers: processes that read images. max_bad: number of images that may be unreadable.
     Returns (number of images in the table, sentences on those that cannot be read, also in bad.txt).
-    Raises BadInput: the folder holds something else, a patient is in two splits, or too much is unreadable.
     """
     out = Path(out)
     splits = {split: list(chain(*read_records(data, split).values())) for split in SPLITS}
     pick_split(splits, SPLITS[0])  # csv_table would refuse a patient in two splits, so do it before the work
-    refuse_repeats(chain(*splits.values()), " and ".join(data))
-    kept = {split: in_views(records, views) for split, records in splits.items()}
-    chosen = [(split, r) for split, records in kept.items() for r in records]
+    refuse_repeats([r.id for r in chain(*splits.values())], f"{' and '.join(data)} has the image")
+    chosen = [(split, r) for split, records in splits.items() for r in in_views(records, views)]
     check_images([r for _, r in chosen], 0)
     rows = pack_rows(chosen)
     records = hashlib.sha256("\n".join(map(repr, rows)).encode()).hexdigest()
@@ -1686,25 +1608,20 @@ def pack(data, out, *, side, views=FRONTAL, workers=2, max_bad=100):
             raise BadInput(f"{what}; give another --out or delete it")
         with private_file(out / PACK) as file:
             json.dump(made, file)
+
     jobs = [(r.image, out / row[0]) for (_, r), row in zip(chosen, rows[1:], strict=True)]
     bad = {}
-    for row, error in zip(rows[1:], in_processes(partial(pack_images, side), jobs, workers), strict=True):
-        if isinstance(error, BadInput):
-            bad[row[0]] = str(error)
-            if len(bad) > max_bad:
-                break
-        elif error:
+    for row, error in zip(rows[1:], in_processes(partial(pack_image, side), jobs, workers), strict=True):
+        if isinstance(error, OSError):  # a full disk
             raise error
+        if error:
+            bad[row[0]] = str(error)
     with private_file(out / "bad.txt") as file:
         file.write("".join(f"{sentence}\n" for sentence in bad.values()))
-    if len(bad) > max_bad:
-        raise BadInput(
-            f"{len(bad)} images cannot be read, more than --max-bad {max_bad}; {out / 'bad.txt'} names them. "
-            "With a larger one the same command goes on from here"
-        )
     if len(bad) == len(jobs):
         raise BadInput(f"there is nothing to pack: none of the {len(jobs)} images can be read")
-    other = set(chain(*splits.values())) - set(chain(*kept.values()))
+
+    other = set(chain(*splits.values())) - {r for _, r in chosen}
     left = [[r.id, r.source, r.patient, f"its view is {r.view}, see pack --views"] for r in other]
     left += [[*row[1:4], bad[row[0]]] for row in rows if row[0] in bad]
     with private_file(out / OMITTED) as file:
@@ -1717,11 +1634,10 @@ def pack(data, out, *, side, views=FRONTAL, workers=2, max_bad=100):
 def left_out(data):
     """Images that packs among the data sets leave out -> {Record without image: the reason}."""
     found = {}
-    for table in (table_of(spec) for spec in data if spec.startswith("csv=")):
-        if (table.parent / OMITTED).is_file():
-            for _, row in read_table(table.parent / OMITTED, ("id", "source", "patient", "reason")):
-                record = Record(None, None, frozenset(), row["patient"], row["source"], id=row["id"])
-                found[record] = row["reason"]
+    for table in (table_of(spec).with_name(OMITTED) for spec in data if spec.startswith("csv=")):
+        for _, row in read_table(table, ("id", "source", "patient", "reason")) if table.is_file() else ():
+            r = Record(None, None, frozenset(), row["patient"], row["source"], id=row["id"])
+            found[r] = row["reason"]
     return found
 
 
@@ -1733,22 +1649,17 @@ def left_out(data):
 SAME = 20  # of 256 bits; it finds 268 of covid-chestxray's 652 images again in covid-radiography
 
 
-def picture_hashes(images):
-    """Images of Records -> [(256,) float32 of 1 and -1, ...]; 0 where there is nothing to see."""
-    hashes = []
-    for image in images:
-        try:
-            small = read_image(image, 64).resize((64, 64), Image.Resampling.BILINEAR)
-            dark = small.getextrema()[0] + 16
-            inside = small.point(
-                [255 * (grey > dark) for grey in range(256)]
-            ).getbbox()  # without a pack's margins
-            cells = small.crop(inside).resize((17, 16), Image.Resampling.LANCZOS)
-            bits = np.where(np.diff(np.asarray(cells, np.int16)) > 0, 1, -1).astype(np.float32).ravel()
-        except BadInput:
-            bits = np.zeros(256, np.float32)
-        hashes.append(bits * (abs(bits.sum()) <= 256 - 2 * SAME))
-    return hashes
+def picture_hash(image):
+    """Image of a Record -> (256,) float32 of 1 and -1; 0 where there is nothing to see."""
+    try:
+        small = read_image(image, 64).resize((64, 64), Image.Resampling.BILINEAR)
+    except BadInput:
+        return np.zeros(256, np.float32)
+    dark = small.getextrema()[0] + 16
+    inside = small.point([255 * (grey > dark) for grey in range(256)]).getbbox()  # without a pack's margins
+    cells = small.crop(inside).resize((17, 16), Image.Resampling.LANCZOS)
+    bits = np.where(np.diff(np.asarray(cells, np.int16)) > 0, 1, -1).astype(np.float32).ravel()
+    return bits * (abs(bits.sum()) <= 256 - 2 * SAME)
 
 
 def near_pairs(one, other):
@@ -1762,15 +1673,12 @@ def near_pairs(one, other):
 
 
 def hashes_of(records, workers=0):
-    found = list(in_processes(picture_hashes, [record.image for record in records], workers))
-    return np.stack(found) if found else np.zeros((0, 256), np.float32)
+    images = [record.image for record in records]
+    return np.reshape(list(in_processes(picture_hash, images, workers)), (-1, 256))
 
 
 def near_copies(records, listed, workers=0):
-    """The records whose image is a near copy of a listed one, the listed ones included -> list.
-
-    workers: processes that read the images.
-    """
+    """The records whose image is a near copy of a listed one, the listed ones included -> list."""
     listed = hashes_of([record for record in listed if record.image is not None], workers)
     rows = {row for rows, _ in near_pairs(hashes_of(records, workers), listed) for row in rows.tolist()}
     return [records[row] for row in sorted(rows)]
@@ -1784,8 +1692,9 @@ def print_copies(found, workers):
             if row < column:
                 both = found[row][:2], found[column][:2]
                 number[both] += 1
-                pair = f"    {found[row][2].image} = {found[column][2].image}"
-                examples.setdefault(both, []).extend([pair] if number[both] <= 3 else [])
+                if number[both] <= 3:
+                    pair = f"    {found[row][2].image} = {found[column][2].image}"
+                    examples.setdefault(both, []).append(pair)
     print(f"near copies (at most {SAME} of 256 bits of a difference hash differ): {number.total():,} pairs")
     for both, times in number.items():
         print(f"  {times:,} in {' and '.join(map(' '.join, dict.fromkeys(both)))}")
@@ -1815,7 +1724,7 @@ def table_of(spec):
 
 
 def check_specs(data):
-    """Raises BadInput: what --data names cannot be a data set, or is one of the others again."""
+    """Refuses what --data names where it cannot be a data set, or is one of the others again."""
     places = {}
     for spec in data:
         name, _, root = spec.partition("=")
@@ -1826,27 +1735,25 @@ def check_specs(data):
             raise BadInput(f"{name} needs its folder: --data {name}=FOLDER")
         if name not in ("phantom", "csv") and not Path(root).is_dir():
             raise BadInput(f"the folder {root} of {name} is not there")
-        places.setdefault((name, os.path.realpath(table_of(spec))), []).append(spec)
-    for specs in places.values():
-        if len(specs) > 1:
-            raise BadInput(f"{' and '.join(specs)} are one data set; name it once")
+        place = name, os.path.realpath(table_of(spec))
+        if place in places:
+            raise BadInput(f"{places[place]} and {spec} are one data set; name it once")
+        places[place] = spec
 
 
 def read_records(data, split, limit=None):
-    """Records of several data sets as their sources have them: all views, four states.
+    """Records of several data sets as their sources have them, all views, four states -> {spec: records}.
 
     data: ["NAME" or "NAME=ROOT", ...] with names of DATASETS. split: one of SPLITS, or "all".
     limit: of phantoms, which have to be drawn, the first so many alone.
-    Returns {spec: records}, some perhaps empty.
-    Raises BadInput: an unknown name, a root that cannot be read, one id for two images, or a patient in two
-    splits, also where a table and another data set share a source.
+    Refuses one id for two images, and a patient in two splits, also where two tables share a source.
     """
     check_specs(data)
 
     def read(spec, split):
         name, _, root = spec.partition("=")
         records = DATASETS[name](root, split, **({"limit": limit} if name == "phantom" and limit else {}))
-        refuse_repeats(records, f"{name} in its split {split!r}")
+        refuse_repeats([r.id for r in records], f"{name} in its split {split!r} has the image")
         return records
 
     wanted = SPLITS if split == "all" else (split,)
@@ -1863,18 +1770,11 @@ def in_views(records, views):
     return [record for record in records if not record.view or record.view in views]
 
 
-def refuse_repeats(records, where):
-    for id, times in Counter(record.id for record in records if record.id).most_common(1):
-        if times > 1:
-            raise BadInput(f"{where} has the image {shown(id)} {times} times; keep one")
-
-
 def usable(found, split, limit=None, *, views=FRONTAL, uncertain="ignore"):
-    """Of the records that read_records gave those to train on or to evaluate, settled.
+    """Of what read_records found, the records to train on or to evaluate, settled.
 
-    split: for the error. limit: keep the first so many of each source (smoke runs).
-    views: see in_views. uncertain: one of UNCERTAIN, see settle.
-    Raises Lacking: nothing is left at all. A note names data sets of which nothing is left beside others.
+    limit: keep the first so many of each source (smoke runs). Data sets of which nothing is left are named in
+    a note; where this is so of all, Lacking is raised.
     """
     records, lacking, number = [], [], Counter()
     for spec, read in found.items():
@@ -1894,18 +1794,14 @@ def usable(found, split, limit=None, *, views=FRONTAL, uncertain="ignore"):
 
 
 def load_records(data, split, limit=None, *, views=FRONTAL, uncertain="ignore"):
-    """The usable records of a split; Raises BadInput as read_records and usable do."""
+    """The usable records of a split."""
     return usable(read_records(data, split, limit), split, limit, views=views, uncertain=uncertain)
 
 
 def pick_listed(records, ids, where):
-    """The records with these ids, each once, in the order of the list.
-
-    Raises BadInput: an id that no image has, or that two have.
-    """
-    ids = list(dict.fromkeys(ids))
-    listed = set(ids)
-    refuse_repeats([record for record in records if record.id in listed], where)
+    """The records with these ids, each once, in the order of the list; an id must have one image."""
+    ids = dict.fromkeys(ids)
+    refuse_repeats([record.id for record in records if record.id in ids], f"{where} has the image")
     of_id = {record.id: record for record in records}
     missing = [id for id in ids if id not in of_id]
     if missing:
@@ -1917,10 +1813,7 @@ def pick_listed(records, ids, where):
 
 
 def listed_records(data, ids, uncertain="ignore"):
-    """The records with these ids, whatever their split and view, settled.
-
-    Raises BadInput: as pick_listed, or a pack leaves a listed image out.
-    """
+    """The records with these ids, whatever their split and view, settled."""
     records, left = list(chain(*read_records(data, "all").values())), left_out(data)
     chosen = pick_listed([*records, *left], ids, " and ".join(data))
     missing = [record for record in chosen if record in left]
@@ -1936,75 +1829,59 @@ def listed_records(data, ids, uncertain="ignore"):
 def summary(args):
     """Prints what data sets hold and what is wrong with them, no word of any report -> exit status."""
     check_specs(args.data)
-    faults, found = 0, {}
-    for spec in args.data:
-        try:
-            found[spec] = {split: read_records([spec], split)[spec] for split in SPLITS}
-            faults += print_summary(spec, found[spec], args)
-        except SharedPatient as error:
-            print(f"{spec}\n{error}\n")
-            faults += 1
-    together = {split: [r for each in found.values() for r in each[split]] for split in SPLITS}
+    faults, found = 0, []
     try:
-        pick_split(together if len(found) > 1 else {"test": []}, "test")
+        for spec in args.data:
+            splits = {split: read_records([spec], split)[spec] for split in SPLITS}
+            faults += print_summary(spec, splits, args)
+            found += [(spec, split, record) for split in SPLITS for record in splits[split]]
+        pick_split({split: [r for _, s, r in found if s == split] for split in SPLITS}, "test")
     except SharedPatient as error:
-        print(f"of all data sets: {error}")
+        print(error)
         faults += 1
     if args.copies:
-        faults += print_copies([(e, s, r) for e in found for s in SPLITS for r in found[e][s]], args.workers)
+        faults += print_copies(found, args.workers)
     return 1 if faults else 0
 
 
 def print_summary(spec, splits, args):
-    """Prints the summary of one data set -> number of faults."""
-    records = [record for found in splits.values() for record in found]
-    print(f"{spec}\n{'':28}{'images':>9}{'patients':>10}{'reports':>9}{'labelled':>10}")
+    """Prints the summary of one data set -> number of files that are missing."""
+    records = list(chain(*splits.values()))
+    print(f"{spec}\n{'':28}{'images':>10}{'patients':>10}{'reports':>10}{'labelled':>10}")
     for split, found in splits.items():
         patients, reports = len({r.patient for r in found}), sum(r.report is not None for r in found)
         labelled = sum(bool(r.findings) for r in found)
-        print(f"{split:28}{len(found):9,}{patients:10,}{reports:9,}{labelled:10,}")
+        print(f"{split:28}{len(found):10,}{patients:10,}{reports:10,}{labelled:10,}")
     views = Counter(record.view or "not said" for record in records)
     print(f"views: {', '.join(f'{view} {count:,}' for view, count in views.most_common())}")
-    name, _, root = spec.partition("=")
-    if name == "covid-radiography" and (missing := COVID_CLASSES.keys() - covid_classes(root)):
-        print(f"class folders that are not there: {', '.join(sorted(missing))}")
 
     counts = {state: Counter(name for r in records for name in getattr(r, state)) for state in STATES}
     print(f"\n{'':28}{'1':>10}{'0':>10}{'-1':>10}{'blank':>10}")
     for name in sorted(set().union(*counts.values())):
         print(f"{name:28}" + "".join(f"{counts[state][name]:10,}" for state in STATES))
 
-    reports = [record.report for record in records if record.report is not None]
-    if reports:
-        words = np.array([len(report.split()) for report in reports])
-        print(f"\nwords of a report: mean {words.mean():.1f}, median {np.median(words):.0f}, ", end="")
-        print(f"95 % up to {np.percentile(words, 95):.0f}, longest {words.max()}")
-        twice = sum(count for count in Counter(reports).values() if count > 1)
-        print(f"reports that stand more than once, word for word: {twice:,} of {len(reports):,}")
+    words = [len(record.report.split()) for record in records if record.report is not None]
+    if words:
+        median, most, longest = np.percentile(words, [50, 95, 100]).round().astype(int)
+        print(f"\nwords of a report: median {median}, 95 % up to {most}, longest {longest}")
     train = [settle(record, args.uncertain) for record in in_views(splits["train"], args.views)]
     if vocabulary(train):
         size = min(args.batch_size, len(train))
         masked, fitting, starved = expected_pairs(train, size)
-        print(f"in a training batch of {size} images the mask removes {masked:.1f} pairs among reports (of")
-        print(
-            f"  images with the same disease) and {fitting:.1f} among prompts (that fit another image, too)"
-        )
+        print(f"in a training batch of {size} images the mask removes {masked:.1f} pairs among reports, of")
+        print(f"images with the same disease, and {fitting:.1f} among prompts, which fit another image")
         if starved > 0.5:
             print(f"WARNING: {starved:.0%} of the labelled images have no negative among the prompts")
-
-    owners = {(split, r.source, r.patient) for split, found in splits.items() for r in found}
-    times = Counter((source, patient) for _, source, patient in owners)
     missing = sum(not r.image.exists() for r in records if isinstance(r.image, Path))
-    shared = sum(count > 1 for count in times.values())
-    print(f"\n{'missing files:':32}{missing:,}\n{'patients in two splits:':32}{shared:,}\n")
-    return missing + shared
+    print(f"\nmissing files: {missing:,}\n")
+    return missing
 
 
 def expected_pairs(records, batch_size):
-    """What the label mask removes from a random batch, expected.
+    """What the label mask is expected to remove from a random batch -> three float.
 
-    Returns the pairs of images with the same findings, a disease among them: their reports; the pairs of an
-    image and another one's label prompt that fits; the share of labelled images that all prompts fit.
+    Pairs of images with the same findings, a disease among them (their reports); pairs of an image and a
+    label prompt of another that fits it; the share of labelled images that every prompt fits.
     """
     labelled = [record for record in records if record.findings]
     ill = Counter(record.findings for record in labelled if record.findings - NON_DISEASES)
@@ -2022,7 +1899,7 @@ def protocol(args):
     known, out = PROTOCOLS[args.name], Path(args.out)
     seed = known.seed if args.seed is None else args.seed
     records = known.read(args.table)
-    refuse_repeats(records, args.table)
+    refuse_repeats([record.id for record in records], f"{args.table} has the image")
     chosen = known.rule(records, seed)
     ids, patients = [record.id for record in chosen], len({record.patient for record in chosen})
     if os.path.lexists(out) and not (out.is_file() and out.read_bytes() == "\n".join(ids).encode()):
@@ -2038,8 +1915,7 @@ def protocol(args):
 
 def run_pack(args):
     """Packs data sets -> exit status."""
-    options = {"side": args.image_size, "views": args.views, "workers": args.workers, "max_bad": args.max_bad}
-    good, bad = pack(args.data, args.out, **options)
+    good, bad = pack(args.data, args.out, side=args.image_size, views=args.views, workers=args.workers)
     if bad:
         print(f"{len(bad):,} images cannot be read and are left out; {args.out}/bad.txt names all:")
         print("\n".join(bad[:3]))
@@ -2099,7 +1975,6 @@ def build_parser():
     data_options(add)
     add("--out", required=True, metavar="FOLDER")
     add("--image-size", type=size, default=256, help="pixels a side, the model's or more")
-    add("--max-bad", type=amount, default=100, help="stop at more unreadable images")
     return p
 
 

@@ -45,10 +45,10 @@ def write(path, text):
         path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
 
 
-def write_table(path, header, rows):
-    """header: names; rows: {name: cell}, blank where a name is missing."""
+def write_table(path, rows, header=None):
+    """rows: {name: cell}, blank where a name of the header is missing."""
     text = io.StringIO()
-    table = csv.DictWriter(text, header, restval="", lineterminator="\n")
+    table = csv.DictWriter(text, header or rows[0], restval="", lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
     write(path, text.getvalue())
@@ -88,9 +88,9 @@ def chexpert(root, layout="its parent"):
         for image, (view, labels) in images.items():
             draw(root / (places.get(split) or Path(tables, split)) / image)
             rows.append({"Path": f"{prefix}/{split}/{image}".lstrip("/"), "AP/PA": view, **labels})
-        write_table(root / tables / f"{split}.csv", header, rows)
+        write_table(root / tables / f"{split}.csv", rows, header)
     rows = [{"Path": f"CheXpert-v1.0/test/{image}", **labels} for image, (_, labels) in CHEXPERT_TEST.items()]
-    write_table(root / tables / "test_labels.csv", ["Path", *data.CHEXPERT], rows)
+    write_table(root / tables / "test_labels.csv", rows, ["Path", *data.CHEXPERT])
     for image in CHEXPERT_TEST:
         draw(root / tables / "test" / image)
     return root
@@ -116,19 +116,20 @@ def of_study(patient, study):
 
 
 def mimic(root, images="mimic-cxr-jpg/2.1.0", reports="mimic-cxr/2.1.0", ending=".jpg"):
-    tables = root / images
-    ids = ["dicom_id", "subject_id", "study_id"]
-    rows = [dict(zip(ids, row, strict=False)) for row in MIMIC]
-    views = [row | {"ViewPosition": more[3]} for row, more in zip(rows, MIMIC, strict=True)]
-    write_table(tables / "mimic-cxr-2.0.0-metadata.csv", [*ids, "ViewPosition", "Rows"], views)
-    splits = [row | {"split": more[4]} for row, more in zip(rows, MIMIC, strict=True)]
-    write_table(tables / "mimic-cxr-2.0.0-split.csv", ["dicom_id", "study_id", "subject_id", "split"], splits)
-    labels = {row[2]: {"subject_id": row[1], "study_id": row[2], **row[5]} for row in MIMIC if row[5]}
-    header = ["subject_id", "study_id", *sorted(data.CHEXPERT)]
-    write_table(tables / "mimic-cxr-2.0.0-chexpert.csv", header, labels.values())
-    for name, patient, study, *_ in MIMIC:
-        draw(tables / of_study(patient, study) / (name + ending))
-    texts = {f"{of_study(p, s)}.txt": f"{' ' * 33}FINAL REPORT\n{REPORTS[s]}" for _, p, s, *_ in MIMIC}
+    stem, texts, views, splits, labels = root / images / "mimic-cxr-2.0.0", {}, [], [], {}
+    for name, patient, study, view, split, states in MIMIC:
+        ids = {"dicom_id": name, "subject_id": patient, "study_id": study}
+        views.append(ids | {"ViewPosition": view, "Rows": ""})
+        splits.append(ids | {"split": split})
+        if states:
+            labels[study] = {"subject_id": patient, "study_id": study, **states}
+        draw(root / images / of_study(patient, study) / (name + ending))
+        texts[f"{of_study(patient, study)}.txt"] = f"{' ' * 33}FINAL REPORT\n{REPORTS[study]}"
+    write_table(Path(f"{stem}-metadata.csv"), views)
+    write_table(Path(f"{stem}-split.csv"), splits)
+    write_table(
+        Path(f"{stem}-chexpert.csv"), labels.values(), ["subject_id", "study_id", *sorted(data.CHEXPERT)]
+    )
     if reports.endswith(".zip"):
         with zipfile.ZipFile(root / reports, "w", zipfile.ZIP_DEFLATED) as archive:
             for file, text in texts.items():
@@ -139,19 +140,16 @@ def mimic(root, images="mimic-cxr-jpg/2.1.0", reports="mimic-cxr/2.1.0", ending=
     return root
 
 
-def rsna(root, ending=".png"):
+def rsna(root):
     """20 images; the first six show pneumonia, the second of these in two boxes."""
-    rows = []
+    rows, classes = [], ["Lung Opacity"] * 6 + ["Normal"] * 4 + ["No Lung Opacity / Not Normal"] * 10
     for n in range(20):
-        row = {"patientId": f"{n:02}", "Target": int(n < 6)}
-        box = {"x": "256.0", "y": "128.0", "width": "512.0", "height": "256.0"} if n < 6 else {}
-        rows += [row | box, *([row | box | {"x": "0.0"}] if n == 1 else [])]
-        draw(root / "stage_2_train_images" / f"{n:02}{ending}", grey=n)
-    header = ["patientId", "x", "y", "width", "height", "Target"]
-    write_table(root / "stage_2_train_labels.csv", header, rows)
-    classes = ["Lung Opacity"] * 6 + ["Normal"] * 4 + ["No Lung Opacity / Not Normal"] * 10
+        row = {"patientId": f"{n:02}", "x": "256.0" if n < 6 else "", "Target": int(n < 6)}
+        rows += [row, row | {"x": "0.0"}] if n == 1 else [row]
+        draw(root / "stage_2_train_images" / f"{n:02}.png", grey=n)
+    write_table(root / "stage_2_train_labels.csv", rows)
     rows = [{"patientId": f"{n:02}", "class": name} for n, name in enumerate(classes)]
-    write_table(root / "stage_2_detailed_class_info.csv", ["patientId", "class"], rows[1:2] + rows)
+    write_table(root / "stage_2_detailed_class_info.csv", rows[1:2] + rows)
     return root
 
 
@@ -185,17 +183,15 @@ def openi_kaggle(root):
     """The same reports in Kaggle's two tables."""
     reports, images = [], []
     for number in range(1, 13):
-        words = number != 2
         row = {"uid": number, "MeSH": "Opacity/lung;Catheters, Indwelling" if number == 4 else "normal"}
-        row["impression"] = f"Normal chest x-XXXX, {MARKER}." if words else ""
-        reports.append(row | {"findings": "Lungs are clear." if words else ""})
+        row["impression"] = "" if number == 2 else f"Normal chest x-XXXX, {MARKER}."
+        reports.append(row | {"findings": "" if number == 2 else "Lungs are clear."})
         if number != 3:
             name = f"{number}_IM-0001-4001.dcm.png"
             images.append({"uid": number, "filename": name, "projection": "Frontal"})
             draw(root / "images" / "images_normalized" / name)
-    header = ["uid", "MeSH", "Problems", "image", "indication", "comparison", "findings", "impression"]
-    write_table(root / "indiana_reports.csv", header, reports)
-    write_table(root / "indiana_projections.csv", ["uid", "filename", "projection"], images)
+    write_table(root / "indiana_reports.csv", reports)
+    write_table(root / "indiana_projections.csv", images)
     return root
 
 
@@ -209,37 +205,31 @@ def covid_radiography(root, names=("COVID", "Lung_Opacity", "Normal", "Viral Pne
 
 
 def nih(root):
-    header = ["Image Index", "Finding Labels", "Patient ID", "View Position"]
-    header += ["OriginalImage[Width", "Height]"]
-    named = ["No Finding", "Cardiomegaly|Effusion", "Pleural_Thickening", "Effusion|Mass|Edema"]
-    rows = []
+    named, rows = ("No Finding", "Cardiomegaly|Effusion", "Pleural_Thickening", "Effusion|Mass|Edema"), []
     for n in range(10):
-        cells = [f"{n:08}_000.png", named[n % 4], n, "PA"]
-        rows.append(dict(zip(header, cells, strict=False)))
+        row = {"Image Index": f"{n:08}_000.png", "Finding Labels": named[n % 4], "Patient ID": n}
+        rows.append(row | {"View Position": "PA"})
         draw(root / "images_001" / "images" / f"{n:08}_000.png")
-    write_table(root / "Data_Entry_2017_v2020.csv", header, rows)
+    write_table(root / "Data_Entry_2017_v2020.csv", rows)
     return root
 
 
 def covid_chestxray(root):
-    header = ["patientid", "finding", "view", "modality", "folder", "filename", "clinical_notes"]
     rows = []
     for n in range(10):
-        cells = [n, "Pneumonia/Viral/COVID-19", "PA", "X-ray", "images", f"{n}.png", f"Case {n}, {MARKER}."]
-        rows.append(dict(zip(header, cells, strict=True)))
+        row = {"patientid": n, "finding": "Pneumonia/Viral/COVID-19", "view": "PA", "modality": "X-ray"}
+        row |= {"folder": "images", "filename": f"{n}.png", "clinical_notes": f"Case {n}, {MARKER}."}
+        rows.append(row)
         draw(root / "images" / f"{n}.png")
-    write_table(root / "metadata.csv", header, rows)
+    write_table(root / "metadata.csv", rows)
     return root
 
 
 def medpix(root, caption=f"A {MARKER}."):
     for n, file in enumerate(("train", "dev", "test")):
         row = {"U_id": f"MPX{n}", "image": f"MPX{n}_1", "Location Category": "Head"}
-        row["Description"] = {"Caption": caption}
-        write(
-            root / "splitted_dataset" / f"descriptions_{file}.jsonl",
-            json.dumps(row, ensure_ascii=False) + "\n",
-        )
+        text = json.dumps(row | {"Description": {"Caption": caption}}, ensure_ascii=False) + "\n"
+        write(root / "splitted_dataset" / f"descriptions_{file}.jsonl", text)
         draw(root / "images" / f"MPX{n}_1.png")
     return root
 
@@ -252,7 +242,7 @@ def own(root):
         row |= {"view": "pa", "report": f"Film {n} shows a {MARKER}.", "Edema": n % 2, "Hernia": "-1"}
         rows.append(row)
         draw(root / "pictures" / f"{n}.png", grey=n)
-    write_table(root / "table.csv", rows[0], rows)
+    write_table(root / "table.csv", rows)
     return root / "table.csv"
 
 

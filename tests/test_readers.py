@@ -11,34 +11,10 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
+import layouts
 import numpy as np
 import pytest
-from layouts import (
-    CHEXPERT_TEST,
-    CHEXPERT_TRAIN,
-    CHEXPERT_VALID,
-    FOUR,
-    MARKER,
-    READERS,
-    UNPACKED,
-    build,
-    chexpert,
-    compress,
-    contents,
-    covid_radiography,
-    draw,
-    everything,
-    medpix,
-    mimic,
-    nih,
-    real,
-    refused,
-    rsna,
-    table_of,
-    tables,
-    write,
-    write_table,
-)  # fmt: skip
+from layouts import MARKER, READERS, build, contents, everything, real, refused, table_of, tables
 from PIL import Image
 
 import data
@@ -47,7 +23,6 @@ from data import BadInput
 LISTED = ["chexpert", "mimic-cxr", "rsna", "openi", "nih-chestxray14", "covid-chestxray", "medpix2", "csv"]
 TABLES = ["chexpert", "mimic-cxr", "rsna", "openi-kaggle", "nih-chestxray14", "covid-chestxray", "csv"]
 WITHOUT_REPORTS = ("chexpert", "rsna", "covid-radiography", "nih-chestxray14")
-WITH_REPORTS = [name for name in READERS if name not in WITHOUT_REPORTS]
 
 
 @pytest.fixture(scope="module")
@@ -82,56 +57,84 @@ def test_each_split_has_its_images(specs, name):
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_every_image_can_be_read(specs, name):
-    sizes = {data.read_image(r.image).size for r in everything(specs[name])}
-    assert sizes == {(8, 8) if name == "pack" else (6, 5)}
+def test_every_record_is_sound(specs, name):
+    for r in everything(specs[name]):
+        assert r.id and not Path(r.id).is_absolute()  # the same wherever the folder lies
+        assert r.source == READERS[name][0] and r.view in {*data.VIEWS, ""}
+        states = [getattr(r, state) for state in data.STATES]
+        assert sum(map(len, states)) == len(frozenset().union(*states))  # a finding is in one state
+        assert data.read_image(r.image).size == ((8, 8) if name == "pack" else (6, 5))
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_no_patient_is_in_two_splits(specs, name):
+def test_no_two_images_have_one_id_and_no_two_splits_one_patient(specs, name):
+    ids = [r.id for r in everything(specs[name])]
     owners = [{r.patient for r in data.read_records([specs[name]], s)[specs[name]]} for s in data.SPLITS]
-    assert sum(map(len, owners)) == len(set().union(*owners)) > 1
-
-
-def one_state_each(record):
-    states = [getattr(record, state) for state in data.STATES]
-    return sum(map(len, states)) == len(frozenset().union(*states))
-
-
-PROMISES = {  # of every record, given its reader
-    "its id does not depend on where the folder lies": lambda r, _: r.id and not Path(r.id).is_absolute(),
-    "its source is the name of the data set": lambda r, reader: r.source == reader,
-    "its view is one of the five or not said": lambda r, _: r.view in {*data.VIEWS, ""},
-    "a finding is in one state": lambda r, _: one_state_each(r),
-}
-
-
-@pytest.mark.parametrize("promise", PROMISES)
-@pytest.mark.parametrize("name", READERS)
-def test_every_record_keeps_its_promise(specs, name, promise):
-    assert all(PROMISES[promise](r, READERS[name][0]) for r in everything(specs[name]))
+    assert len(set(ids)) == len(ids) and sum(map(len, owners)) == len(set().union(*owners)) > 1
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_no_two_images_have_the_same_id(specs, name):
-    assert max(Counter(r.id for r in everything(specs[name])).values()) == 1
-
-
-@pytest.mark.parametrize("name", WITH_REPORTS)
-def test_reports_are_read_and_their_redaction_marks_are_not(specs, name):
+def test_reports_are_read_where_there_are_any_without_redaction_marks(specs, name):
     reports = [r.report for r in everything(specs[name]) if r.report]
-    assert reports and all(MARKER in text and "XXXX" not in text and "___" not in text for text in reports)
-
-
-@pytest.mark.parametrize("name", WITHOUT_REPORTS)
-def test_data_without_reports_get_none(specs, name):
-    assert {r.report for r in everything(specs[name])} == {None}
+    assert bool(reports) == (name not in WITHOUT_REPORTS)
+    assert all(MARKER in text and "XXXX" not in text and "___" not in text for text in reports)
 
 
 @pytest.mark.parametrize("name", READERS)
 def test_a_sound_set_passes_its_summary_which_shows_no_word_of_a_report(specs, name, capsys):
     assert summary(specs[name]) == 0
     assert MARKER not in "".join(capsys.readouterr())
+
+
+FOUR_STATES = {"findings": {"Edema"}, "absent": {"Fracture"}, "uncertain": {"Pneumonia"}}
+FOUR_STATES["blank"] = set(data.CHEXPERT) - layouts.FOUR.keys()
+UNLABELLED = dict.fromkeys(data.STATES, set())
+SAID = [  # layout, id, what the record says
+    ("chexpert", "train/patient00001/study1/view1_frontal.jpg",
+     {"patient": "patient00001", "view": "AP", "findings": {"No Finding", "Support Devices"}}),
+    ("chexpert", "train/patient00001/study2/view1_frontal.jpg",
+     {"patient": "patient00001", "view": "PA", **FOUR_STATES}),
+    ("chexpert", "train/patient00001/study2/view3_lateral.jpg",
+     {"patient": "patient00001", "view": "LATERAL", **FOUR_STATES}),
+    ("chexpert", "train/patient00003/study1/view1_frontal.jpg",  # LL in the table
+     {"view": "FRONTAL", **UNLABELLED, "blank": set(data.CHEXPERT)}),
+    ("chexpert", "test/patient64741/study1/view1_frontal.jpg", {"view": "FRONTAL"}),
+    ("mimic-cxr", "files/p10/p10000001/s50000001/b.jpg",  # impression before findings
+     {"report": f"No acute process. The lungs are clear, {MARKER}.", "view": "LATERAL"}),
+    ("mimic-cxr", "files/p10/p10000001/s50000002/c.jpg",  # empty sections
+     {"report": None, "view": "UNKNOWN", **FOUR_STATES}),
+    ("mimic-cxr", "files/p10/p10000002/s50000003/d.jpg",  # the last paragraph; a study without labels
+     {"report": f"Compared to, the {MARKER} was removed.", "view": "AP", **UNLABELLED}),
+    ("mimic-cxr", "files/p11/p11000003/s50000004/e.jpg",  # one section for both; LL in the table
+     {"report": f"Mild {MARKER}.", "view": "LATERAL"}),
+    ("rsna", "01", {**UNLABELLED, "findings": {"Pneumonia"}}),  # two boxes
+    ("rsna", "06", {**UNLABELLED, "findings": {"No Finding"}, "absent": {"Pneumonia"}}),
+    ("rsna", "10", {**UNLABELLED, "absent": {"Pneumonia"}}),
+    ("openi", "CXR6_IM-00-01", {"report": f"Normal chest, {MARKER}. Lungs are clear.", "view": ""}),
+    ("openi", "CXR2_IM-00-01", {"report": None}),  # empty sections
+    ("openi", "CXR4_IM-00-01",
+     {"findings": {"Lung Opacity", "Support Devices"},
+      "blank": set(data.MESH) - {"Lung Opacity", "Support Devices"}}),
+    ("openi-kaggle", "6_IM-0001-4001.dcm",
+     {"report": f"Normal chest, {MARKER}. Lungs are clear.", "view": "FRONTAL"}),
+    ("nih-chestxray14", "00000001_000.png",
+     {"findings": {"Cardiomegaly", "Pleural Effusion"},
+      "absent": {"No Finding", "Edema", "Mass", "Pleural Thickening"}}),
+    ("covid-chestxray", "images/3.png",
+     {"report": f"Case 3, {MARKER}.", "patient": "3", **UNLABELLED, "findings": {"COVID-19"}}),
+    ("medpix2", "MPX1_1",
+     {"findings": {"Head"}, "patient": "MPX1",
+      "absent": {"Abdomen", "Thorax", "Reproductive and Urinary System", "Spine and Muscles"}}),
+    ("csv", "pictures/3.png",
+     {"report": f"Film 3 shows a {MARKER}.", "patient": "1", "view": "PA", "findings": {"Edema"},
+      "uncertain": {"Hernia"}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "id", "said"), SAID)
+def test_a_record_says_what_its_source_does(specs, name, id, said):
+    r = by_id(specs[name])[id]
+    assert {field: getattr(r, field) for field in said} == said
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -148,18 +151,17 @@ def test_columns_are_found_by_name_not_by_place(name, tmp_path):
 def test_a_compressed_table_gives_the_same_records(name, ending, tmp_path):
     spec = build(name, tmp_path)
     before = contents(spec)
-    assert contents(compress(spec, tmp_path, ending)) == before
+    assert contents(layouts.compress(spec, tmp_path, ending)) == before
 
 
-@pytest.mark.parametrize("name", ["chexpert", "mimic-cxr", "rsna", "openi", "covid-radiography"])
-def test_the_folder_above_gives_the_same_records(name, tmp_path):
-    below = build(name, tmp_path / "above" / "folder")
-    above = f"{name}={tmp_path / 'above'}"
-    if name in ("chexpert", "mimic-cxr", "covid-radiography"):  # built one or two folders deep as it is
-        inner = {"chexpert": "CheXpert-v1.0-small", "covid-radiography": "COVID-19_Radiography_Dataset"}
-        below = f"{name}={tmp_path / 'above' / 'folder' / inner.get(name, '')}"
-        above = f"{name}={tmp_path / 'above' / 'folder'}"
-    assert contents(above) == contents(below)
+@pytest.mark.parametrize(
+    ("name", "above", "below"),
+    [("chexpert", "folder", "folder/CheXpert-v1.0-small"), ("rsna", "", "folder"), ("openi", "", "folder"),
+     ("covid-radiography", "folder", "folder/COVID-19_Radiography_Dataset")],
+)  # fmt: skip
+def test_the_folder_above_gives_the_same_records(name, above, below, tmp_path):
+    build(name, tmp_path / "folder")
+    assert contents(f"{name}={tmp_path / above}") == contents(f"{name}={tmp_path / below}")
 
 
 # ------------------------------------------------------------------------------------- all readers: bad input
@@ -169,7 +171,7 @@ def test_the_folder_above_gives_the_same_records(name, tmp_path):
 def test_a_missing_image_fails_the_summary(name, tmp_path, capsys):
     spec = build(name, tmp_path)
     everything(spec)[0].image.unlink()
-    assert summary(spec) == 1 and "missing files:                  1\n" in capsys.readouterr().out
+    assert summary(spec) == 1 and "missing files: 1\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", LISTED)
@@ -177,17 +179,11 @@ def test_a_table_whose_ids_match_no_file_shows_one_path_expected_and_one_found(n
     spec = build(name, tmp_path)
     for r in everything(spec):
         r.image.rename(r.image.with_name(f"renamed{r.image.suffix}"))
-    records = everything(spec)
-    with pytest.raises(BadInput) as caught:
-        data.check_images(records, 8)
-    assert str(records[0].image) in str(caught.value) and "/renamed." in str(caught.value)
-
-
-@pytest.mark.parametrize("name", LISTED)
-def test_without_any_image_the_folder_is_said_to_hold_none(name, tmp_path):
-    spec = build(name, tmp_path)
-    for r in everything(spec):
-        r.image.unlink()
+    expected = everything(spec)[0].image
+    with pytest.raises(BadInput, match=f"{expected} is not there, and what .* holds is .*/renamed"):
+        data.check_images(everything(spec), 8)
+    for path in list(data.image_files(tmp_path)):
+        path.unlink()
     with pytest.raises(BadInput, match="holds is no image"):
         data.check_images(everything(spec), 8)
 
@@ -208,45 +204,34 @@ def test_an_empty_folder_is_refused(name, tmp_path, capsys):
     assert line.startswith("data.py: ") and str(tmp_path) in line
 
 
-NEEDED = {
-    "chexpert": ["Edema"],
-    "mimic-cxr": ["dicom_id", "split", "ViewPosition", "Edema"],
-    "rsna": ["patientId", "Target", "class"],
-    "openi-kaggle": ["uid", "projection", "findings"],
-    "nih-chestxray14": ["Finding Labels"],
-    "covid-chestxray": ["modality"],
-    "csv": ["image"],
-}
+NEEDED = [  # layout, table, column
+    ("chexpert", "train.csv", "Edema"),
+    ("chexpert", "valid.csv", "Path"),
+    ("mimic-cxr", "mimic-cxr-2.0.0-metadata.csv", "ViewPosition"),
+    ("mimic-cxr", "mimic-cxr-2.0.0-split.csv", "split"),
+    ("mimic-cxr", "mimic-cxr-2.0.0-chexpert.csv", "Edema"),
+    ("rsna", "stage_2_train_labels.csv", "Target"),
+    ("rsna", "stage_2_detailed_class_info.csv", "class"),
+    ("openi-kaggle", "indiana_reports.csv", "findings"),
+    ("openi-kaggle", "indiana_projections.csv", "projection"),
+    ("nih-chestxray14", "Data_Entry_2017_v2020.csv", "Finding Labels"),
+    ("covid-chestxray", "metadata.csv", "modality"),
+    ("csv", "table.csv", "image"),
+]
 
 
-@pytest.mark.parametrize(("name", "column"), [(name, c) for name in NEEDED for c in NEEDED[name]])
-def test_a_missing_column_is_named_beside_those_there(name, column, tmp_path):
+@pytest.mark.parametrize(("name", "table", "column"), NEEDED)
+def test_a_missing_column_is_named_beside_those_there_and_a_missing_table_is_named(
+    name, table, column, tmp_path
+):
     spec = build(name, tmp_path)
-    for path in tables(tmp_path):
-        header, _, rows = path.read_text().partition("\n")
-        path.write_text(f"{header.replace(column, 'something')}\n{rows}")
-    assert f"has no column {column!r}; it has " in refused(spec)
-
-
-@pytest.mark.parametrize(
-    ("name", "table"),
-    [
-        ("chexpert", "train.csv"),
-        ("chexpert", "valid.csv"),
-        ("mimic-cxr", "mimic-cxr-2.0.0-metadata.csv"),
-        ("mimic-cxr", "mimic-cxr-2.0.0-split.csv"),
-        ("mimic-cxr", "mimic-cxr-2.0.0-chexpert.csv"),
-        ("rsna", "stage_2_train_labels.csv"),
-        ("openi-kaggle", "indiana_projections.csv"),
-        ("nih-chestxray14", "Data_Entry_2017_v2020.csv"),
-        ("covid-chestxray", "metadata.csv"),
-        ("csv", "table.csv"),
-    ],
-)
-def test_a_missing_table_is_named(name, table, tmp_path):
-    spec = build(name, tmp_path)
-    next(tmp_path.rglob(table)).unlink()
-    assert table in refused(spec) and "is not there" in refused(spec)
+    path = next(tmp_path.rglob(table))
+    header, _, rows = path.read_text().partition("\n")
+    path.write_text(f"{header.replace(column, 'something')}\n{rows}")
+    assert f"{table} has no column {column!r}; it has " in refused(spec)
+    path.unlink()
+    if table not in ("stage_2_detailed_class_info.csv", "indiana_reports.csv"):  # others do without
+        assert table in refused(spec) and "is not there" in refused(spec)
 
 
 @pytest.mark.parametrize("name", ["chexpert", "mimic-cxr", "nih-chestxray14", "covid-chestxray", "csv"])
@@ -270,7 +255,7 @@ DAMAGES = {  # what happens: (layout, file, what becomes of its bytes, what the 
     "UTF-16": ("csv", "table.csv", lambda whole: whole.decode().encode("utf-16"), "not UTF-8 text"),
     "too few cells": ("csv", "table.csv", lambda whole: whole + b"cut", "row 12, has not as many cells"),
     "too many cells": ("csv", "table.csv", lambda whole: whole + b"x," * 9, "row 12, has not as many cells"),
-    "one name twice": ("csv", "table.csv", swap(b"Hernia", b"Edema"), "has 2 columns 'Edema'; keep one"),
+    "one name twice": ("csv", "table.csv", swap(b"Hernia", b"Edema"), "has the column 'Edema' 2 times"),
     "cell too long": ("csv", "table.csv", lambda whole: whole + b"x" * 200_000, "field larger than"),
     "gzip cut short": ("csv.gz", "table.csv.gz", cut(0.7), "cut short or damaged"),
     "gzip without its end": ("csv.gz", "table.csv.gz", lambda whole: whole[:-9], "cut short or damaged"),
@@ -285,10 +270,10 @@ DAMAGES = {  # what happens: (layout, file, what becomes of its bytes, what the 
     "archive of one byte": ("openi-archive", "*.tgz", lambda z: z[:1], "cut short or damaged"),
     "XML cut short": ("openi", "7.xml", lambda whole: whole[:-20], "cut short or damaged"),
     "XML of no encoding": ("openi", "7.xml", lambda x: b'<?xml version="1.0" encoding="x"?>' + x, "damaged"),
+    "XML without id": ("openi", "7.xml", swap(b'<parentImage id=', b"<parentImage x="), "7.xml is cut short"),
     "no JSON": ("medpix2", "*dev.jsonl", lambda whole: whole + b'{"U_id": ', ", line 2, is cut"),
     "no description": ("medpix2", "*dev.jsonl", lambda whole: whole + b'{"U_id": "1"}', ", line 2, is cut"),
     "no object": ("medpix2", "*dev.jsonl", lambda whole: whole + b"[1]", ", line 2, is cut"),
-    "a number as text": ("medpix2", "*dev.jsonl", swap(b'"MPX1_1"', b"3"), ", line 1, is cut"),
     "deep JSON": ("medpix2", "*dev.jsonl", lambda whole: b"[" * 10**5, ", line 1, is cut"),
     "binary list": ("nih-chestxray14", "test_list.txt", lambda _: b"\xff\xfe\0", "not UTF-8 text"),
     "Target 2": ("rsna", "*labels.csv", swap(b",1\n", b",2\n"), "row 2: the Target is neither 0 nor 1"),
@@ -305,7 +290,7 @@ def test_a_damaged_file_ends_in_one_sentence_without_a_word_of_a_report(damage, 
     name, file, change, sentence = DAMAGES[damage]
     name, _, ending = name.partition(".")
     spec = build(name, tmp_path)
-    spec = compress(spec, tmp_path, f".{ending}") if ending else spec
+    spec = layouts.compress(spec, tmp_path, f".{ending}") if ending else spec
     (tmp_path / "test_list.txt").touch()
     path = next(tmp_path.rglob(file))
     path.write_bytes(change(path.read_bytes()))
@@ -314,19 +299,14 @@ def test_a_damaged_file_ends_in_one_sentence_without_a_word_of_a_report(damage, 
     assert line.startswith("data.py: ") and path.name in line and sentence in line and MARKER not in line
 
 
-@pytest.mark.parametrize(
-    ("name", "table"),
-    [("chexpert", "train.csv"), ("mimic-cxr", "mimic-cxr-2.0.0-chexpert.csv")],
-)
+@pytest.mark.parametrize("name", ["chexpert", "mimic-cxr"])
 @pytest.mark.parametrize("value", ["2", "0.5", "yes", "nan", "-", ".0"])
-def test_a_label_outside_the_four_states_is_named_by_row_and_column(name, table, value, tmp_path):
+def test_a_label_outside_the_four_states_is_named_by_row_and_column(name, value, tmp_path):
     spec = build(name, tmp_path)
-    path = next(tmp_path.rglob(table))
-    with path.open(newline="") as file:
-        rows = list(csv.reader(file))
-    rows[2][rows[0].index("Edema")] = value
-    path.write_text("\n".join(",".join(row) for row in rows) + "\n")
-    assert refused(spec).startswith(f"{path}, row 3: column 'Edema' has the value {value!r}")
+    names = ("train.csv", "mimic-cxr-2.0.0-chexpert.csv")
+    path = next(path for path in tables(tmp_path) if path.name in names)
+    path.write_text(path.read_text().replace("1.0", value))
+    assert re.match(f"{path}, row .: column '.*' has the value {value!r}, which is none of", refused(spec))
 
 
 # -------------------------------------------------------------------------------------------- which data sets
@@ -334,111 +314,53 @@ def test_a_label_outside_the_four_states_is_named_by_row_and_column(name, table,
 
 @pytest.mark.parametrize(
     ("spec", "sentence"),
-    [
-        ("mimic", "'mimic'.*phantom, chexpert, mimic-cxr"),
-        ("rsna", "rsna=FOLDER"),
-        ("rsna=nowhere", "folder nowhere"),
-    ],
-)
+    [("mimic", "'mimic'.*phantom, chexpert, mimic-cxr"), ("rsna", "rsna=FOLDER"),
+     ("rsna=nowhere", "folder nowhere"), (os.curdir, "write NAME=. or csv=TABLE")],
+)  # fmt: skip
 def test_a_data_set_that_is_not_there_is_refused(spec, sentence):
     with pytest.raises(BadInput, match=sentence):
         data.load_records([spec], "train")
 
 
-def test_no_record_left_is_refused(tmp_path):
-    with pytest.raises(BadInput, match="csv has no record in its split 'test'"):
-        data.load_records([table_of(tmp_path, "image,split", "a.png,train")], "test")
-
-
-def test_limit_takes_the_first_records_of_each_data_set(specs):
-    both = [specs["csv"], specs["nih-chestxray14"]]
-    first, second = (data.load_records([spec], "train") for spec in both)
-    assert [r.id for r in data.load_records(both, "train", 3)] == [r.id for r in first[:3] + second[:3]]
+def test_limit_takes_the_first_records_of_each_data_set_and_of_each_source_in_it(specs, tmp_path):
+    rows = [f"{n}.png,{'ab'[n > 5]},train" for n in range(10)]
+    spec, rsna = table_of(tmp_path, "image,source,split", *rows), specs["rsna"]
+    expected = ["0.png", "1.png", "6.png", "7.png"] + [r.id for r in data.load_records([rsna], "train")[:2]]
+    assert [r.id for r in data.load_records([spec, rsna], "train", 2)] == expected
 
 
 # --------------------------------------------------------------------------------------------------- chexpert
 
 
-@pytest.mark.parametrize("layout", UNPACKED)
+@pytest.mark.parametrize("layout", layouts.UNPACKED)
 def test_chexpert_is_found_however_it_was_unpacked_with_ids_without_prefix(layout, tmp_path):
-    records = everything(f"chexpert={chexpert(tmp_path, layout)}")
+    records = everything(f"chexpert={layouts.chexpert(tmp_path, layout)}")
     assert all(r.image.is_file() for r in records)
-    images = {"train": CHEXPERT_TRAIN, "valid": CHEXPERT_VALID, "test": CHEXPERT_TEST}
+    images = {"train": layouts.CHEXPERT_TRAIN, "valid": layouts.CHEXPERT_VALID, "test": layouts.CHEXPERT_TEST}
     assert [r.id for r in records] == [f"{split}/{image}" for split in images for image in images[split]]
 
 
-def test_chexpert_views_are_said_by_the_table_and_else_by_the_file(specs):
-    views = [r.view for r in everything(specs["chexpert"])]
-    train = ["AP", "PA", "AP", "LATERAL", "LATERAL", "FRONTAL", "FRONTAL"]  # the last two are LL and RL
-    assert views == [*train, "AP", "FRONTAL", "LATERAL"]
-
-
-def test_chexpert_keeps_all_four_states(specs):
-    found = by_id(specs["chexpert"])
-    r, rest = found["train/patient00001/study2/view1_frontal.jpg"], set(data.CHEXPERT) - FOUR.keys()
-    assert (r.findings, r.absent, r.uncertain, r.blank) == ({"Edema"}, {"Fracture"}, {"Pneumonia"}, rest)
-    assert found["train/patient00003/study1/view1_frontal.jpg"].blank == set(data.CHEXPERT)
-    healthy = found["train/patient00001/study1/view1_frontal.jpg"]
-    assert healthy.findings == {"No Finding", "Support Devices"}
-
-
-def test_chexpert_images_of_a_study_share_patient_and_labels(specs):
-    frontal, second, lateral = (r for r in everything(specs["chexpert"]) if "00001/study2" in r.id)
-    assert frontal.patient == second.patient == lateral.patient == "patient00001"
-    assert frontal.findings == second.findings == lateral.findings
-
-
-@pytest.mark.parametrize(("views", "word"), [(data.FRONTAL, "frontal"), (["LATERAL"], "lateral")])
-def test_views_are_chosen(specs, views, word):
-    ids = [r.id for r in data.load_records([specs["chexpert"]], "train", views=views)]
-    assert ids == [f"train/{image}" for image in CHEXPERT_TRAIN if word in image]
-
-
-def test_a_view_that_no_image_has_is_refused(specs):
+def test_views_are_chosen_and_one_that_no_image_has_is_refused(specs):
+    for views, word in ((data.FRONTAL, "frontal"), (["LATERAL"], "lateral")):
+        ids = [r.id for r in data.load_records([specs["chexpert"]], "train", views=views)]
+        assert ids == [f"train/{image}" for image in layouts.CHEXPERT_TRAIN if word in image]
     with pytest.raises(BadInput, match="chexpert has no record in its split 'train' with the view UNKNOWN"):
         data.load_records([specs["chexpert"]], "train", views=["UNKNOWN"])
 
 
-@pytest.fixture
-def studies(tmp_path):
-    """CheXpert whose test labels are by study: groundtruth.csv -> its spec."""
-    root = chexpert(tmp_path) / "CheXpert-v1.0-small"
-    (root / "test_labels.csv").unlink()
-    row = {"Study": "CheXpert-v1.0/test/patient64741/study1", "Edema": "1"}
-    write_table(root / "groundtruth.csv", ["Study", *data.CHEXPERT], [row])
-    return f"chexpert={tmp_path}"
-
-
-def test_chexpert_test_labels_by_study_give_the_records_of_those_by_path(specs, studies):
-    both = [data.read_records([spec], "test")[spec] for spec in (specs["chexpert"], studies)]
-    by_path, by_study = ([(r.id, r.view, r.findings, r.absent, r.blank) for r in found] for found in both)
-    assert by_study == by_path
-
-
-def test_chexpert_test_study_without_its_folder_is_named(studies):
-    shutil.rmtree(Path(studies.partition("=")[2], "CheXpert-v1.0-small", "test"))
-    assert "row 2: the study " in refused(studies) and "patient64741/study1 is not there" in refused(studies)
-
-
-def test_chexpert_without_test_labels_has_no_test_records(studies):
-    Path(studies.partition("=")[2], "CheXpert-v1.0-small", "groundtruth.csv").unlink()
-    assert data.read_records([studies], "test")[studies] == []
-
-
-def test_chexpert_valid_labels_may_have_the_name_of_chexlocalize(tmp_path):
-    root = chexpert(tmp_path, "val")
-    before = contents(f"chexpert={root}")
-    (root / "valid.csv").rename(root / "val_labels.csv")
-    assert contents(f"chexpert={root}") == before
+def test_chexpert_without_test_labels_has_no_test_records(tmp_path):
+    (layouts.chexpert(tmp_path) / "CheXpert-v1.0-small" / "test_labels.csv").unlink()
+    spec = f"chexpert={tmp_path}"
+    assert data.read_records([spec], "test")[spec] == []
 
 
 def test_a_patient_in_two_official_splits_fails_the_summary(tmp_path, capsys):
-    root = chexpert(tmp_path) / "CheXpert-v1.0-small"
+    root = layouts.chexpert(tmp_path) / "CheXpert-v1.0-small"
     table = (root / "valid.csv").read_text()
     (root / "valid.csv").write_text(table.replace("patient64541", "patient00002"))
-    draw(root / "train" / "patient00002" / "study1" / "view1_frontal.jpg")
+    layouts.draw(root / "train" / "patient00002" / "study1" / "view1_frontal.jpg")
     assert summary(f"chexpert={tmp_path}") == 1
-    assert "patients in two splits:         1\n" in capsys.readouterr().out
+    assert "patient 'patient00002' of chexpert is in the splits" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------- mimic-cxr
@@ -465,48 +387,15 @@ def test_mimic_sections_are_those_of_the_official_parser(body, end):
     assert tuple(found.get(name) for name in names) == SECTIONS[body]
 
 
-TITLES = {
-    "impression": ["IMPRESSION", "IMPRESSON", "CONCLUSION", "FINDINGS/IMPRESSION"],
-    "findings": ["FINDINGS", "FINDNGS", "CHEST, TWO VIEWS", "PORTABLE", "PA AND LATERAL"],
-    "comparison": ["COMPARISON"],
-    "reason for exam": ["REASON FOR EXAM"],
-}
-
-
-@pytest.mark.parametrize(("name", "title"), [(name, t) for name, titles in TITLES.items() for t in titles])
-def test_mimic_titles_are_known_under_their_variants(name, title):
-    assert data.section_name(title) == name
-
-
-@pytest.mark.parametrize(
-    ("study", "text"),
-    [
-        ("s50000001", f"No acute process. The lungs are clear, {MARKER}."),
-        ("s50000002", None),
-        ("s50000003", f"Compared to, the {MARKER} was removed."),
-        ("s50000004", f"Mild {MARKER}."),
-    ],
-    ids=["impression, then findings", "empty sections", "last paragraph", "one section for both"],
-)
-def test_mimic_text_is_what_its_sections_say(specs, study, text):
-    assert studies_of(specs["mimic-cxr"])[study].report == text
-
-
-def studies_of(spec):
-    return {r.id.split("/")[3]: r for r in everything(spec)}
-
-
-def test_mimic_image_has_the_labels_of_its_study_if_that_has_any(specs):
-    found = studies_of(specs["mimic-cxr"])
-    r, without = found["s50000002"], found["s50000003"]
-    assert (r.findings, r.absent, r.uncertain) == ({"Edema"}, {"Fracture"}, {"Pneumonia"})
-    assert not without.findings | without.absent | without.uncertain | without.blank
-
-
-def test_mimic_views_are_frontal_lateral_or_unknown_and_ids_official_paths(specs):
-    records = everything(specs["mimic-cxr"])
-    assert [r.view for r in records] == ["PA", "LATERAL", "UNKNOWN", "AP", "LATERAL"]
-    assert records[-1].id == "files/p11/p11000003/s50000004/e.jpg"
+def test_mimic_titles_are_known_under_their_variants():
+    variants = {
+        "impression": ["IMPRESSION", "IMPRESSON", "CONCLUSION", "FINDINGS/IMPRESSION"],
+        "findings": ["FINDINGS", "FINDNGS", "CHEST, TWO VIEWS", "PORTABLE", "PA AND LATERAL"],
+        "comparison": ["COMPARISON"],
+        "reason for exam": ["REASON FOR EXAM"],
+    }
+    for name, titles in variants.items():
+        assert [data.section_name(title) for title in titles] == [name] * len(titles)
 
 
 @pytest.mark.parametrize(
@@ -514,69 +403,43 @@ def test_mimic_views_are_frontal_lateral_or_unknown_and_ids_official_paths(specs
     [("", ""), ("", "mimic-cxr-reports.zip"), ("jpg", "mimic-cxr-reports.zip"), ("jpg/2.0.0", "txt/2.0.0")],
 )
 def test_mimic_is_found_in_one_folder_or_two_with_reports_as_files_or_zip(specs, images, reports, tmp_path):
-    spec = f"mimic-cxr={mimic(tmp_path, images, reports)}"
+    spec = f"mimic-cxr={layouts.mimic(tmp_path, images, reports)}"
     assert contents(spec)[1] == contents(specs["mimic-cxr"])[1]
     assert all(r.image.is_file() for r in everything(spec))
 
 
-def test_mimic_images_may_have_been_converted_and_keep_their_ids(specs, tmp_path):
-    records = everything(f"mimic-cxr={mimic(tmp_path, ending='.png')}")
+def test_mimic_images_may_have_been_converted_and_reports_may_be_absent(specs, tmp_path):
+    records = everything(f"mimic-cxr={layouts.mimic(tmp_path, ending='.png')}")
     assert {r.image.suffix for r in records} == {".png"} and all(r.image.is_file() for r in records)
     assert [r.id for r in records] == [r.id for r in everything(specs["mimic-cxr"])]
-
-
-def test_mimic_without_reports_is_images_and_labels(tmp_path):
-    shutil.rmtree(mimic(tmp_path) / "mimic-cxr")
+    shutil.rmtree(tmp_path / "mimic-cxr")
     assert {r.report for r in everything(f"mimic-cxr={tmp_path}")} == {None}
 
 
 # ------------------------------------------------------------------------------------------------------- rsna
 
 
-def test_rsna_rows_of_an_image_are_one_record_with_pneumonia_present_absent_or_normal(specs):
-    found = by_id(specs["rsna"])
-    assert sorted(found) == [f"{n:02}" for n in range(20)]
-    states = [(set(found[id].findings), set(found[id].absent)) for id in sorted(found)]
-    without = {"Pneumonia"}
-    assert states[:6] == [({"Pneumonia"}, set())] * 6
-    assert states[6:] == [({"No Finding"}, without)] * 4 + [(set(), without)] * 10
-
-
 def test_rsna_without_the_details_has_no_normal_image(tmp_path):
-    (rsna(tmp_path) / "stage_2_detailed_class_info.csv").unlink()
+    (layouts.rsna(tmp_path) / "stage_2_detailed_class_info.csv").unlink()
     findings = Counter(r.findings for r in everything(f"rsna={tmp_path}"))
     assert findings == {frozenset({"Pneumonia"}): 6, frozenset(): 14}
 
 
 def test_rsna_split_does_not_depend_on_the_order_of_the_rows(specs, tmp_path):
-    table = rsna(tmp_path) / "stage_2_train_labels.csv"
+    table = layouts.rsna(tmp_path) / "stage_2_train_labels.csv"
     header, *rows = table.read_text().splitlines()
     table.write_text("\n".join([header, *rows[::-1]]) + "\n")
     assert [r.id for r in everything(f"rsna={tmp_path}")] == [r.id for r in everything(specs["rsna"])]
 
 
 def test_a_converted_image_goes_before_its_dicom(tmp_path):
-    rsna(tmp_path)
+    layouts.rsna(tmp_path)
     for path in [*tmp_path.rglob("*.png")]:
         path.with_suffix(".dcm").touch()
     assert {r.image.suffix for r in everything(f"rsna={tmp_path}")} == {".png"}
 
 
 # ------------------------------------------------------------------------------------------------------ openi
-
-
-def test_openi_gives_text_and_findings_whatever_an_image_is_called(specs):
-    found = by_id(specs["openi"])
-    assert found["CXR6_IM-00-01"].report == f"Normal chest, {MARKER}. Lungs are clear."
-    assert found["CXR2_IM-00-01"].report is None  # its sections are empty
-    r = found["CXR4_IM-00-01"]
-    assert r.findings == {"Lung Opacity", "Support Devices"} and "Edema" in r.blank
-    for id in ("CXR1_1_IM-0001-3001", "CXR5_IM-2117-1003002"):
-        assert found[id].image.name == f"{id}.png" and found[id].image.is_file()
-
-
-def test_openi_report_without_image_gives_no_record(specs):
-    assert {r.patient for r in everything(specs["openi"])} == {str(n) for n in range(1, 13)} - {"3"}
 
 
 def test_openi_heading_is_what_stands_before_the_first_slash_and_no_indexing_is_none():
@@ -588,126 +451,83 @@ def test_openi_from_the_archive_is_openi_from_the_folder(specs):
     assert contents(specs["openi-archive"])[1] == contents(specs["openi"])[1]
 
 
-@pytest.mark.parametrize("what", ["report", "findings", "patient"])
-def test_openi_from_the_tables_is_openi_from_the_xml(specs, what):
-    both = (specs["openi-kaggle"], specs["openi"])
-    one, other = (sorted((r.patient, getattr(r, what) or "") for r in everything(spec)) for spec in both)
+def test_openi_from_the_tables_is_openi_from_the_xml(specs):
+    both = (everything(specs[name]) for name in ("openi-kaggle", "openi"))
+    one, other = ({r.patient: (r.report, r.findings, r.blank) for r in records} for records in both)
     assert one == other
-
-
-def test_openi_tables_say_the_view(specs):
-    assert {r.view for r in everything(specs["openi-kaggle"])} == {"FRONTAL"}
 
 
 # ------------------------------------------------------------------------------------------ covid-radiography
 
 
+def classes(records):
+    """{finding: number of its images}, each image having one."""
+    return Counter(*zip(*(r.findings for r in records), strict=True))
+
+
 def test_covid_radiography_has_four_classes_of_which_three_rule_out_covid(specs):
     records = everything(specs["covid-radiography"])
-    assert Counter(*zip(*(r.findings for r in records), strict=True)) == dict.fromkeys(
-        data.COVID_CLASSES.values(), 3
-    )
+    assert classes(records) == dict.fromkeys(data.COVID_CLASSES.values(), 3)
     assert all(r.absent == {"COVID-19"} - r.findings and r.image.parent.name == "images" for r in records)
 
 
 @pytest.mark.parametrize("images", ["images", ""], ids=["folder of images", "older release without it"])
 @pytest.mark.parametrize(
     "names",
-    [
-        ("Covid", "lung_opacity", "NORMAL", "Viral Pneumonia"),
-        ("COVID-19", "Lung Opacity", "normal", "viral_PNEUMONIA"),
-    ],
-)
+    [("Covid", "lung_opacity", "NORMAL", "Viral Pneumonia"),
+     ("COVID-19", "Lung Opacity", "normal", "viral_PNEUMONIA")],
+)  # fmt: skip
 def test_covid_radiography_folders_may_differ_in_case_and_blanks(names, images, tmp_path):
-    found = everything(f"covid-radiography={covid_radiography(tmp_path, names, images)}")
-    assert Counter(*zip(*(r.findings for r in found), strict=True)) == dict.fromkeys(
-        data.COVID_CLASSES.values(), 3
-    )
+    records = everything(f"covid-radiography={layouts.covid_radiography(tmp_path, names, images)}")
+    assert classes(records) == dict.fromkeys(data.COVID_CLASSES.values(), 3)
 
 
 def test_covid_radiography_goes_by_number(tmp_path):
-    root = covid_radiography(tmp_path)
-    draw(root / "COVID-19_Radiography_Dataset" / "COVID" / "images" / "COVID-10.png")
+    root = layouts.covid_radiography(tmp_path)
+    layouts.draw(root / "COVID-19_Radiography_Dataset" / "COVID" / "images" / "COVID-10.png")
     ids = [r.id for r in data.covid_folders(root) if r.id.startswith("COVID")]
     assert ids == ["COVID-1", "COVID-2", "COVID-3", "COVID-10"]
 
 
-def test_covid_radiography_may_have_two_of_its_folders_and_the_summary_names_the_others(tmp_path, capsys):
-    spec = f"covid-radiography={covid_radiography(tmp_path, ('COVID', 'Normal'))}"
-    assert Counter(*zip(*(r.findings for r in everything(spec)), strict=True)) == {
-        "COVID-19": 3,
-        "No Finding": 3,
-    }
-    assert summary(spec) == 0
-    assert "class folders that are not there: Lung_Opacity, Viral Pneumonia\n" in capsys.readouterr().out
-
-
-def test_covid_radiography_with_one_of_its_folders_is_refused(tmp_path):
-    spec = f"covid-radiography={covid_radiography(tmp_path, ('COVID',))}"
+def test_covid_radiography_may_have_two_of_its_folders_and_a_note_says_so(tmp_path, capsys):
+    spec = f"covid-radiography={layouts.covid_radiography(tmp_path, ('COVID',))}"
     assert "has COVID of the class folders COVID, Lung_Opacity, Normal" in refused(spec)
+    layouts.covid_radiography(tmp_path, ("COVID", "Normal"))
+    assert classes(everything(spec)) == {"COVID-19": 3, "No Finding": 3}
+    assert "has COVID and Normal of the class folders COVID, Lung_Opacity, Normal" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------- medpix, nih, covid-chestxray
 
 
-@pytest.mark.parametrize(("caption", "report"), [("A cyst.", "A cyst."), (" ", None), (None, None)])
-def test_medpix_caption_without_a_word_is_no_report(tmp_path, caption, report):
-    assert [r.report for r in everything(f"medpix2={medpix(tmp_path, caption)}")] == [report] * 3
-
-
-def test_medpix_caption_may_hold_a_unicode_line_break(tmp_path):
-    caption = "One line\u2028and another."
-    assert everything(f"medpix2={medpix(tmp_path, caption)}")[0].report == caption
-
-
-def test_medpix_gives_category_and_case_and_rules_out_the_other_categories(specs):
-    r = by_id(specs["medpix2"])["MPX1_1"]
-    assert (r.findings, r.patient) == ({"Head"}, "MPX1")
-    assert r.absent == {"Abdomen", "Thorax", "Reproductive and Urinary System", "Spine and Muscles"}
+@pytest.mark.parametrize(
+    ("caption", "report"),
+    [("A cyst.", "A cyst."), (" ", None), (None, None), ("One\u2028and two.", "One\u2028and two.")],
+)
+def test_medpix_caption_is_the_report_unless_it_has_no_word(tmp_path, caption, report):
+    assert [r.report for r in everything(f"medpix2={layouts.medpix(tmp_path, caption)}")] == [report] * 3
 
 
 def test_medpix_case_in_two_splits_is_refused(tmp_path):
-    file = medpix(tmp_path) / "splitted_dataset" / "descriptions_test.jsonl"
+    file = layouts.medpix(tmp_path) / "splitted_dataset" / "descriptions_test.jsonl"
     file.write_text(file.read_text().replace('"MPX2"', '"MPX0"'))
     assert "patient 'MPX0' of medpix2 is in the splits 'train' and 'test'" in refused(f"medpix2={tmp_path}")
 
 
-def test_nih_names_are_those_of_the_other_data_sets(specs):
-    found = set().union(*(r.findings | r.absent for r in everything(specs["nih-chestxray14"])))
-    shared = {"No Finding", "Cardiomegaly", "Pleural Effusion", "Edema"}
-    assert found == shared | {"Pleural Thickening", "Mass"}
-
-
-def test_nih_findings_are_split_at_the_bars_and_all_others_are_absent(specs):
-    r = by_id(specs["nih-chestxray14"])["00000001_000.png"]
-    assert r.findings == {"Cardiomegaly", "Pleural Effusion"}
-    assert r.absent == {"No Finding", "Edema", "Mass", "Pleural Thickening"}
-
-
-def test_nih_images_of_a_patient_stay_in_one_split(tmp_path):
-    rows = [{"Image Index": f"{n}.png", "Finding Labels": "Mass", "Patient ID": n % 20} for n in range(60)]
-    write_table(tmp_path / "Data_Entry_2017.csv", rows[0], rows)
-    found = Counter(r.patient for r in everything(f"nih-chestxray14={tmp_path}"))
-    assert set(found.values()) == {3} and len(found) == 20
-
-
-@pytest.mark.parametrize("folder", ["images", "images_012/images"])
-def test_nih_images_are_found_in_one_folder_or_in_many(tmp_path, folder):
-    (nih(tmp_path) / "images_001" / "images").rename(tmp_path / "moved")
-    (tmp_path / folder).parent.mkdir(exist_ok=True)
-    (tmp_path / "moved").rename(tmp_path / folder)
-    assert all(r.image.parent == tmp_path / folder for r in everything(f"nih-chestxray14={tmp_path}"))
+def test_nih_images_are_found_in_one_folder_or_in_many(tmp_path):
+    (layouts.nih(tmp_path) / "images_001" / "images").rename(tmp_path / "images")
+    assert all(r.image.parent == tmp_path / "images" for r in everything(f"nih-chestxray14={tmp_path}"))
 
 
 def test_nih_official_test_list_is_honoured_and_the_rest_is_split(tmp_path):
-    (nih(tmp_path) / "test_list.txt").write_text("00000003_000.png\n00000001_000.png\n")
+    (layouts.nih(tmp_path) / "test_list.txt").write_text("00000003_000.png\n00000001_000.png\n")
     spec = f"nih-chestxray14={tmp_path}"
     train, valid, test = ([r.patient for r in data.read_records([spec], s)[spec]] for s in data.SPLITS)
     assert test == ["1", "3"] and (len(train), len(valid)) == (7, 1)
 
 
 def test_nih_patient_on_both_sides_of_the_test_list_is_refused(tmp_path):
-    (nih(tmp_path) / "test_list.txt").write_text("00000003_000.png\n")
+    (layouts.nih(tmp_path) / "test_list.txt").write_text("00000003_000.png\n")
     table = tmp_path / "Data_Entry_2017_v2020.csv"
     table.write_text(table.read_text().replace("Edema,3,", "Edema,4,"))
     assert "patient '4' of nih-chestxray14 is in the splits" in refused(f"nih-chestxray14={tmp_path}")
@@ -715,49 +535,29 @@ def test_nih_patient_on_both_sides_of_the_test_list_is_refused(tmp_path):
 
 def covid(root, *rows):
     header = "patientid,finding,view,modality,folder,filename,clinical_notes"
-    write(root / "metadata.csv", "\n".join([header, *rows]) + "\n")
+    layouts.write(root / "metadata.csv", "\n".join([header, *rows]) + "\n")
     return by_id(f"covid-chestxray={root}")
 
 
-def test_covid_gives_image_notes_and_patient(tmp_path):
-    found = covid(tmp_path, "5,COVID-19,PA,X-ray,images,a.jpg,Fever.", "6,SARS,PA,X-ray,images,b.jpg, ")
-    r = found["images/a.jpg"]
-    assert (r.image, r.report, r.patient) == (tmp_path / "images" / "a.jpg", "Fever.", "5")
-    assert r.absent == set() and found["images/b.jpg"].report is None
-
-
-@pytest.mark.parametrize(
-    ("written", "read"),
-    [("Pneumonia/Viral/COVID-19", {"COVID-19"}), ('"COVID-19, ARDS"', {"COVID-19", "ARDS"}),
-     ("No Finding", {"No Finding"})],
-)  # fmt: skip
-def test_covid_findings_are_read_from_new_and_from_old_releases(tmp_path, written, read):
-    assert covid(tmp_path, f"5,{written},AP,X-ray,images,a.jpg,")["images/a.jpg"].findings == read
+def test_covid_findings_are_read_from_new_and_from_old_releases(tmp_path):
+    rows = ["5,Pneumonia/Viral/COVID-19,AP,X-ray,images,a.jpg,", '6,"COVID-19, ARDS",AP,X-ray,images,b.jpg,']
+    a, b = (covid(tmp_path, *rows)[f"images/{name}.jpg"] for name in "ab")
+    assert (a.findings, b.findings) == ({"COVID-19"}, {"COVID-19", "ARDS"})
 
 
 def test_patients_who_share_a_covid_file_are_one(tmp_path):
-    rows = [
-        f"{patient},COVID-19,PA,X-ray,images,{name}.jpg," for patient, name in ((5, "a"), (6, "b"), (6, "a"))
-    ]
-    found = covid(tmp_path, *rows)
+    names = ((5, "a"), (6, "b"), (6, "a"))
+    found = covid(tmp_path, *(f"{patient},COVID-19,PA,X-ray,images,{name}.jpg," for patient, name in names))
     assert {record.patient for record in found.values()} == {"5"} and len(found) == 2
 
 
-@pytest.mark.parametrize(
-    "row", ["COVID-19,PA,CT", "COVID-19,L,X-ray", "todo,PA,X-ray", "Unknown,PA,X-ray", ",PA,X-ray"]
-)
-def test_covid_rows_without_a_frontal_film_or_a_finding_are_left_out(tmp_path, row):
-    found = covid(tmp_path, f"5,{row},images,a.jpg,", "6,COVID-19,AP Supine,X-ray,images,b.jpg,")
-    assert found.keys() == {"images/b.jpg"}
+def test_covid_rows_without_a_frontal_film_or_a_finding_are_left_out(tmp_path):
+    others = ["COVID-19,PA,CT", "COVID-19,L,X-ray", "todo,PA,X-ray", "Unknown,PA,X-ray", ",PA,X-ray"]
+    rows = [f"{n},{row},images,{n}.jpg," for n, row in enumerate([*others, "COVID-19,AP Supine,X-ray"])]
+    assert covid(tmp_path, *rows).keys() == {"images/5.jpg"}
 
 
 # -------------------------------------------------------------------------------------------------------- csv
-
-
-def test_csv_gives_all_that_its_columns_say(specs):
-    r = by_id(specs["csv"])["pictures/3.png"]
-    said = (r.report, r.patient, r.view, r.findings, r.uncertain)
-    assert said == (f"Film 3 shows a {MARKER}.", "1", "PA", {"Edema"}, {"Hernia"})
 
 
 def test_csv_needs_no_column_but_image_and_may_begin_with_a_byte_order_mark(tmp_path):
@@ -777,33 +577,38 @@ def test_csv_without_splits_is_split_by_patient(tmp_path):
 def test_csv_knows_the_names_of_the_validation_split(tmp_path):
     names = ["valid", "validate", "validation", "val", "dev", "Valid"]
     spec = table_of(tmp_path, "image,split", *(f"{name}.png,{name}" for name in names))
-    assert [r.id for r in data.read_records([spec], "valid")[spec]] == [f"{name}.png" for name in names]
+    assert len(data.read_records([spec], "valid")[spec]) == len(names)
 
 
-@pytest.mark.parametrize("text", ["", " ", "...", "___", "1. 2."])
-def test_csv_report_without_a_word_is_none(text, tmp_path):
-    assert everything(table_of(tmp_path, "image,report", f"a.png,{text}"))[0].report is None
+CSV_SAYS = [  # lines of a table, what its first record says
+    (["image,id,source,split", "a.png,7,rsna,train"], {"id": "7", "source": "rsna"}),
+    (["image,id,source,split", "a.png,,,train"], {"id": "a.png", "source": "csv"}),
+    (["image,split,Edema,Mass", "a.png,train,unknown,1"], {**UNLABELLED, "findings": {"Mass"}}),
+    (["image,split,label", "a.png,train,1"], {"findings": {"label"}}),
+    (["image,split,label,Mass", "a.png,train,Edema|Pneumonia,1", "b.png,train,Edema,"],
+     {**UNLABELLED, "findings": {"Edema", "Pneumonia", "Mass"}}),
+    (["image,split,finding", "a.png,train,Edema", "b.png,train,Edema|Pneumonia"],
+     {**UNLABELLED, "findings": {"Edema"}, "absent": {"Pneumonia"}}),
+    (["image,split,finding", "a.png,train,", "b.png,train,Edema|Pneumonia"], UNLABELLED),
+    (["image,report", "a.png,"], {"report": None}),
+    (["image,report", "a.png,..."], {"report": None}),
+    (["image,report", "a.png,___"], {"report": None}),
+    (["image,report", "a.png,1. 2."], {"report": None}),
+    (["image,report", "a.png, 1. Clear. "], {"report": "1. Clear."}),
+    (["image,report", 'a.png," 1. ___\r\nclear "'], {"report": "1. ___\r\nclear"}),
+    (["image,report", 'a.png,"One line.', "", 'Another, with a comma, see Fig. 1."'],
+     {"report": "One line.\n\nAnother, with a comma, see Fig. 1."}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("lines", "said"), CSV_SAYS)
+def test_csv_says_what_its_owner_wrote(lines, said, tmp_path):
+    r = everything(table_of(tmp_path, *lines))[0]
+    assert {field: getattr(r, field) for field in said} == said
 
 
 def test_csv_folder_is_its_table(specs):
     assert contents(specs["csv"].removesuffix("/table.csv")) == contents(specs["csv"])
-
-
-def test_csv_says_what_an_image_is_called_and_where_it_is_from(tmp_path):
-    r, other = everything(table_of(tmp_path, "image,id,source,split", "a.png,7,rsna,train", "b.png,,,train"))
-    assert (r.id, r.source, other.id, other.source) == ("7", "rsna", "b.png", "csv")
-
-
-def test_csv_report_is_what_its_owner_wrote(tmp_path):
-    rows = ["image,report", "a.png, 1. Clear. ", 'b.png," 1. ___\r\nclear "']
-    assert [r.report for r in by_id(table_of(tmp_path, *rows)).values()] in (
-        ["1. Clear.", "1. ___\r\nclear"], ["1. ___\r\nclear", "1. Clear."]
-    )  # fmt: skip
-
-
-def test_csv_finding_that_is_not_annotated_is_in_no_state(tmp_path):
-    r = everything(table_of(tmp_path, "image,split,Edema,Mass", "a.png,train,unknown,1"))[0]
-    assert r.findings == {"Mass"} and not r.absent | r.uncertain | r.blank
 
 
 def test_csv_patients_of_two_sources_may_have_the_same_number(tmp_path):
@@ -812,37 +617,29 @@ def test_csv_patients_of_two_sources_may_have_the_same_number(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "patient"),
-    [
-        (["image,patient,split", "a.png,7,train", "b.png,7,test"], "7"),
-        (["image,split", "a.png,train", "a.png,test"], "a.png"),
-    ],
+    "rows",
+    [["image,patient,split", "a.png,7,train", "b.png,7,test"], ["image,split", "7.png,train", "7.png,test"]],
     ids=["patient", "image"],
 )
-def test_csv_patient_in_two_splits_fails_the_summary_and_is_refused_elsewhere(
-    rows, patient, tmp_path, capsys
-):
-    spec, sentence = (
-        table_of(tmp_path, *rows),
-        f"patient {patient!r} of csv is in the splits 'train' and 'test'",
-    )
+def test_csv_patient_in_two_splits_fails_the_summary_and_is_refused_elsewhere(rows, tmp_path, capsys):
+    spec, sentence = table_of(tmp_path, *rows), "of csv is in the splits 'train' and 'test'"
     assert summary(spec) == 1 and sentence in capsys.readouterr().out
     assert data.main(["pack", "--data", spec, "--out", str(tmp_path / "pack")]) == 2
-    assert sentence in capsys.readouterr().err
+    assert sentence in capsys.readouterr().err and not (tmp_path / "pack").exists()
 
 
-@pytest.mark.parametrize(
-    ("text", "cleaned"),
-    [
-        ("1. No edema.\n2. Clear.", "No edema. Clear."),
-        ("Seen on ___ at ___:  stable .", "Seen on at: stable."),
-        ("Normal chest x-XXXX.", "Normal chest."),
-        ("A 3.5 cm mass, 2 nodules.", "A 3.5 cm mass, 2 nodules."),
-        ("___ M with cough (XXXX)", "M with cough"),
-        ("two\n \n lines", "two lines"),
-        ("12 to\n15. No edema", "12 to 15. No edema"),
-    ],
-)
+CLEANED = [
+    ("1. No edema.\n2. Clear.", "No edema. Clear."),
+    ("Seen on ___ at ___:  stable .", "Seen on at: stable."),
+    ("Normal chest x-XXXX.", "Normal chest."),
+    ("A 3.5 cm mass, 2 nodules.", "A 3.5 cm mass, 2 nodules."),
+    ("___ M with cough (XXXX)", "M with cough"),
+    ("two\n \n lines", "two lines"),
+    ("12 to\n15. No edema", "12 to 15. No edema"),
+]
+
+
+@pytest.mark.parametrize(("text", "cleaned"), CLEANED)
 def test_a_report_is_cleaned_to_its_words(text, cleaned):
     assert data.clean(text) == cleaned
 
@@ -858,21 +655,15 @@ def test_the_summary_counts_what_is_there(specs, capsys):
     assert ["views:", "AP", "3,", "LATERAL", "3,", "FRONTAL", "3,", "PA", "1"] in lines
     assert ["Edema", "6", "0", "1", "3"] in lines  # 1, 0, -1, blank
     assert ["Fracture", "0", "4", "0", "6"] in lines
-
-
-def test_the_summary_counts_words_and_repeated_reports(specs, capsys):
     summary(specs["mimic-cxr"])
-    printed = capsys.readouterr().out
-    assert "words of a report: mean 6.0, median 7, 95 % up to 8, longest 8" in printed
-    assert "more than once, word for word: 2 of 4" in printed  # two images of one study
+    assert "words of a report: median 7, 95 % up to 8, longest 8" in capsys.readouterr().out
 
 
 def test_one_unsound_set_among_others_fails_the_summary_which_names_both(specs, tmp_path, capsys):
     spec = build("csv", tmp_path)
     everything(spec)[0].image.unlink()
-    assert data.main(["summary", "--data", spec, specs["rsna"]]) == 1
-    printed = capsys.readouterr().out.splitlines()
-    assert spec in printed and specs["rsna"] in printed
+    assert data.main(["summary", "--workers", "0", "--data", spec, specs["rsna"]]) == 1
+    assert {spec, specs["rsna"]} <= set(capsys.readouterr().out.splitlines())
 
 
 # -------------------------------------------------------------------------------------------------- real data
@@ -880,13 +671,9 @@ def test_one_unsound_set_among_others_fails_the_summary_which_names_both(specs, 
 
 @pytest.mark.parametrize(
     ("name", "folder", "count"),
-    [
-        ("medpix2", "medpix2", 2050),
-        ("nih-chestxray14", "nih-chestxray14-1000", 1000),
-        ("covid-chestxray", "covid-chestxray-124", 124),
-        ("covid-radiography", "covid-radiography", 13808),
-    ],
-)
+    [("medpix2", "medpix2", 2050), ("nih-chestxray14", "nih-chestxray14-1000", 1000),
+     ("covid-chestxray", "covid-chestxray-124", 124), ("covid-radiography", "covid-radiography", 13808)],
+)  # fmt: skip
 def test_every_image_of_the_real_data_is_found(name, folder, count):
     records = everything(f"{name}={real(folder)}")
     assert len(records) == count and all(r.image.is_file() and r.findings for r in records)
@@ -943,11 +730,6 @@ def test_a_quotation_mark_that_swallows_rows_is_refused(rows, tmp_path):
     assert "row 5, goes on over the next rows" in refused(table_of(tmp_path, "image,report", *lines))
 
 
-def test_a_report_of_several_lines_is_one_cell(tmp_path):
-    spec = table_of(tmp_path, "image,report", 'a.png,"One line.', "", 'Another, with a comma, see Fig. 1."')
-    assert everything(spec)[0].report == "One line.\n\nAnother, with a comma, see Fig. 1."
-
-
 def test_text_of_another_encoding_is_named_by_its_line(tmp_path):
     spec = table_of(tmp_path, "image,report", *(f"{n}.png,clear" for n in range(3000)))
     with open(tmp_path / "table.csv", "ab") as file:
@@ -958,14 +740,14 @@ def test_text_of_another_encoding_is_named_by_its_line(tmp_path):
 @pytest.mark.parametrize("text", ['"a\\ud800"', "7", '["a"]'])
 @pytest.mark.parametrize("field", ["U_id", "image", "Location Category", "Caption"])
 def test_medpix_fields_that_are_no_text_are_refused(field, text, tmp_path):
-    path = medpix(tmp_path) / "splitted_dataset" / "descriptions_dev.jsonl"
+    path = layouts.medpix(tmp_path) / "splitted_dataset" / "descriptions_dev.jsonl"
     path.write_text(re.sub(f'"{field}": "[^"]*"', lambda _: f'"{field}": {text}', path.read_text()))
     assert "descriptions_dev.jsonl, line 1, is" in refused(f"medpix2={tmp_path}")
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zip", ""])
 def test_what_unpacks_to_more_than_any_data_set_is_refused(ending, tmp_path, monkeypatch):
-    spec = compress(build("csv", tmp_path), tmp_path, ending) if ending else build("csv", tmp_path)
+    spec = layouts.compress(build("csv", tmp_path), tmp_path, ending) if ending else build("csv", tmp_path)
     monkeypatch.setattr(data, "LARGEST", 100)
     assert "a file of 100 bytes" in refused(spec)
 
@@ -1023,34 +805,6 @@ def test_csv_columns_with_other_cells_than_labels_are_left_out_and_named_once(tm
     assert "'age' (row 2: '63'), 'sex' (row 2: 'F')" in printed
 
 
-@pytest.mark.parametrize("column", ["finding", "label"])
-def test_csv_names_between_bars_are_present_and_the_other_names_of_the_column_absent(column, tmp_path):
-    rows = [
-        f"image,split,{column},Mass",
-        "a.png,train,Edema|Pneumonia,1",
-        "b.png,train,Edema,",
-        "c.png,train,,",
-    ]
-    a, b, c = everything(table_of(tmp_path, *rows))
-    assert (a.findings, a.absent) == ({"Edema", "Pneumonia", "Mass"}, set())
-    assert (b.findings, b.absent) == ({"Edema"}, {"Pneumonia"}) and not c.findings | c.absent
-
-
-def test_csv_column_called_label_of_ones_and_zeros_is_a_finding(tmp_path):
-    assert everything(table_of(tmp_path, "image,split,label", "a.png,train,1"))[0].findings == {"label"}
-
-
-def test_a_folder_in_place_of_a_data_set_is_told_what_to_write(tmp_path):
-    with pytest.raises(BadInput, match=f"write NAME={tmp_path} or csv=TABLE"):
-        data.load_records([str(tmp_path)], "train")
-
-
-def test_limit_takes_the_first_records_of_each_source_of_a_table(tmp_path):
-    rows = [f"{n}.png,{'ab'[n > 5]},train" for n in range(10)]
-    spec = table_of(tmp_path, "image,source,split", *rows)
-    assert [r.id for r in data.load_records([spec], "train", 2)] == ["0.png", "1.png", "6.png", "7.png"]
-
-
 def test_all_splits_at_once_are_the_three_splits(specs):
     ids = [r.id for r in everything(specs["rsna"])]
     assert [r.id for r in data.load_records([specs["rsna"]], "all")] == ids
@@ -1064,18 +818,14 @@ def test_a_data_set_without_a_split_is_noted_where_another_has_it(specs, tmp_pat
         data.load_records([spec], "valid")
 
 
-def test_a_patient_in_two_splits_of_two_tables_is_refused(tmp_path):
-    row = "image,source,patient,split", "a.png,rsna,7,"
-    specs = [table_of(tmp_path / s, row[0], row[1] + s, f"{s}.png,rsna,{s},{s}") for s in ("train", "test")]
-    with pytest.raises(data.SharedPatient, match="patient '7' of rsna is in the splits 'train' and 'test'"):
+def test_a_patient_in_two_splits_of_two_tables_is_refused_and_fails_the_summary(tmp_path, capsys):
+    header, row = "image,source,patient,split", "a.png,rsna,7,"
+    specs = [table_of(tmp_path / split, header, row + split) for split in ("train", "test")]
+    sentence = "patient '7' of rsna is in the splits 'train' and 'test'"
+    with pytest.raises(data.SharedPatient, match=sentence):
         data.read_records(specs, "train")
-
-
-def test_a_patient_in_two_splits_of_two_tables_fails_the_summary(tmp_path, capsys):
-    row = "image,source,patient,split", "a.png,rsna,7,"
-    specs = [table_of(tmp_path / s, row[0], row[1] + s) for s in ("train", "test")]
     assert data.main(["summary", "--no-copies", "--data", *specs]) == 1
-    assert "of all data sets: patient '7' of rsna is in" in capsys.readouterr().out
+    assert sentence in capsys.readouterr().out
 
 
 def test_one_table_under_two_spellings_is_refused(specs):
@@ -1086,10 +836,10 @@ def test_one_table_under_two_spellings_is_refused(specs):
 
 
 def test_openi_views_are_those_of_the_dicom_table_where_it_is_there(tmp_path):
-    spec, header = build("openi", tmp_path), ["imageid", "View Position", "Rows"]
+    spec, header = build("openi", tmp_path), ["imageid", "View Position"]
     rows = [("CXR1_IM-0001-3001", "PA"), ("CXR4_IM-00-01", "LL"), ("CXR6_IM-00-01", ""), ("x", "RL")]
     table = [dict(zip(header, row, strict=False)) for row in rows]
-    write_table(tmp_path / "nlmcxr_dicom_metadata.csv", header, table)
+    layouts.write_table(tmp_path / "nlmcxr_dicom_metadata.csv", table)
     views = {id: r.view for id, r in by_id(spec).items()}
     assert (views["CXR1_1_IM-0001-3001"], views["CXR4_IM-00-01"]) == ("PA", "LATERAL")
     assert views["CXR6_IM-00-01"] == views["CXR7_IM-00-01"] == ""
