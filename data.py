@@ -1306,9 +1306,9 @@ def covid_chestxray(root, split):
         if row["modality"] != "X-ray" or not row["view"].startswith(("PA", "AP")) or not names:
             continue
         id, notes = f"{row['folder']}/{row['filename']}", as_written(row["clinical_notes"])
-        patient = alias.get(row["patientid"], row["patientid"])
+        patient = row["patientid"]
         if owner.setdefault(id, patient) != patient:
-            alias[row["patientid"]] = owner[id]
+            alias[patient] = owner[id]
             continue
         known = {"patient": patient, "source": "covid-chestxray", "id": id, "view": row["view"][:2]}
         records.append(Record(Path(root, id), notes, frozenset(names), **known))
