@@ -392,7 +392,8 @@ def metrics_of(file):
 def results(tiny_run, tmp_path_factory):
     """What evaluate.py writes of the tiny run."""
     file = tmp_path_factory.mktemp("results") / "results.json"
-    assert evaluate.main(["--checkpoint", str(tiny_run), "--limit", "40", "--out", str(file)]) == 0
+    flags = ["--limit", "40", "--all-metrics", "--out", str(file)]
+    assert evaluate.main(["--checkpoint", str(tiny_run), *flags]) == 0
     assert [path.name for path in file.parent.iterdir()] == ["results.json"]
     return metrics_of(file)
 
