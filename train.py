@@ -59,7 +59,7 @@ PRESETS = {  # REPRODUCE.md compares the values of "paper" with those of the fam
     "small": dict(  # minutes on two cores, both towers from scratch: phantoms and small data sets
         image_size=64, patch_size=8, swin_dim=64, swin_depths=[2, 2], swin_heads=[2, 4], window_size=4,
         drop_path=0.0, text_model=SMALL_BERT, max_length=96, embed_dim=128,
-        batch_size=32, epochs=5, lr=1e-3, weight_decay=0.05, workers=1, precision="fp32",
+        batch_size=32, epochs=6, lr=1e-3, weight_decay=0.05, workers=1, precision="fp32",
     ),
     "paper": dict(  # Swin-T and Bio_ClinicalBERT
         image_size=224, patch_size=4, swin_dim=96, swin_depths=[2, 2, 6, 2], swin_heads=[3, 6, 12, 24],
