@@ -1086,7 +1086,7 @@ def mimic_reports(root, studies):
     return reports
 
 
-TITLE = re.compile(r"\n ([A-Z ()/,-]+):\s")
+SECTION_TITLE = re.compile(r"\n ([A-Z ()/,-]+):\s")
 FINDINGS_TITLE = re.compile(
     "(findings?|chest|portable|bedside|upright|supine|single|two|frontal|views?|pa|ap)\\b"
 )
@@ -1113,7 +1113,7 @@ def report_sections(text):
     """
     text = text.replace("\r\n", "\n")
     parts, name, start, place = [], "preamble", 0, 0
-    while title := TITLE.search(text, place):
+    while title := SECTION_TITLE.search(text, place):
         parts.append((name, text[start : title.start()]))
         name, start = section_name(title[1]), title.end()
         place = start - 1 + len(text[start - 1 :].partition("\n")[0])
@@ -1542,14 +1542,14 @@ def made_of(folder):
         return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
-def each(work, jobs):
+def call_each(work, jobs):
     return [work(job) for job in jobs]
 
 
 def in_processes(work, jobs, workers):
     """Calls work(job) for each job in loading processes, with a bar; yields the results in order."""
     options = {"num_workers": workers, "timeout": PATIENCE if workers else 0, "batch_size": 16}
-    options |= {"collate_fn": partial(each, work), "worker_init_fn": ignore_signals}
+    options |= {"collate_fn": partial(call_each, work), "worker_init_fn": ignore_signals}
     loader = torch.utils.data.DataLoader(jobs, **options)
     with tqdm(total=len(jobs), unit="image", mininterval=1, delay=2) as bar:
         for results in readable(loader):
@@ -1646,7 +1646,7 @@ def left_out(data):
 # Collections are made out of each other. A difference hash finds an image again that was shrunk, compressed,
 # brightened or cropped a little: is each cell of a 16 x 16 grid brighter than its left neighbour?
 
-SAME = 20  # of 256 bits; it finds 268 of covid-chestxray's 652 images again in covid-radiography
+SAME = 20  # of 256 bits; REPRODUCE.md has the data sets that it was chosen on, and its errors
 
 
 def picture_hash(image):

@@ -121,7 +121,7 @@ def in_chunks(function, queries, candidates, of_query, cells=2**22):
 
 
 def auroc(scores, labels):
-    """Probability that a positive, (N,) bool, scores higher than a negative; ties count half, nan without."""
+    """Probability that a positive, (N,) bool, outscores a negative; ties half, nan if a class is absent."""
     scores, labels = np.asarray(scores), np.asarray(labels, dtype=bool)
     positive, negative = scores[labels], np.sort(scores[~labels])
     if len(positive) == 0 or len(negative) == 0:
@@ -452,7 +452,6 @@ class Encoded(NamedTuple):
     present: np.ndarray  # (N, C) bool
     absent: np.ndarray  # (N, C) bool
     pooled: np.ndarray  # (N, F) float32, the image tower's features before the projection
-    report_labels: np.ndarray  # (R, C) bool, what each report stands for in training, see data.Batch
 
     @property
     def patients(self):
@@ -484,10 +483,9 @@ def encode(run, records):
     run.model.eval()
     findings = data.vocabulary(records)
     loader = image_loader(run, records, findings)
-    pooled, image_features, report_features, report_rows, report_labels = ([] for _ in range(5))
+    pooled, image_features, report_features, report_rows = ([] for _ in range(4))
     for batch in progress(data.readable(loader), "images and reports", total=len(loader), unit="batch"):
         report_rows.append(batch.rows[batch.report_rows])
-        report_labels.append(batch.report_labels)
         batch = data.to_device(batch, run.device)
         with run.autocast():
             features = run.model.image_encoder(data.normalise(batch.images))
@@ -503,7 +501,6 @@ def encode(run, records):
         torch.cat(report_rows)[order].numpy(),
         *(labels.numpy() for labels in data.label_matrices(records, findings)),
         torch.cat(pooled).numpy(),
-        torch.cat(report_labels)[order].numpy(),
     )
 
 
@@ -911,8 +908,8 @@ def probe_scores(train, valid, test, labels, valid_labels):
 def linear_probe(run, encoded, *, others, fractions=(1, 10, 100), repeats=5):
     """A linear classifier on the frozen image tower's features, trained on shares of the training patients.
 
-    The features are standardised by the training records. The penalty of each classifier
-    is chosen by the mean AUROC on the validation split, see probe_scores.
+    The features are standardised by the training records. The mean AUROC on the validation split chooses the
+    penalty, see probe_scores.
 
     others: split -> Encoded of its labelled images of patients that are not evaluated.
     fractions: percent of the training patients. repeats: draws of each fraction but 100.
@@ -1061,7 +1058,7 @@ def save_picture(tiles, columns, path):
         picture.save(file, format="PNG", pnginfo=mark)
 
 
-def shown(record, side):
+def model_view(record, side):
     """The image of a record as the model sees it, padded to a square -> Pillow image of mode "L"."""
     return to_pil_image(data.evaluation_transform(side)(data.read_image(record.image)))
 
@@ -1074,7 +1071,7 @@ def gallery(run, encoded, path, rows=4, columns=3, side=224):
     tiles = []
     for query in np.random.default_rng(0).permutation(len(images))[:rows]:
         record = encoded.records[encoded.report_rows[query]]
-        tiles.append(tile(side, ", ".join(sorted(record.findings)), shown(record, side)))
+        tiles.append(tile(side, ", ".join(sorted(record.findings)), model_view(record, side)))
         for rank, near in enumerate((-(images[query] @ encoded.report_features.T)).argsort()[:columns], 1):
             found = encoded.records[encoded.report_rows[near]]
             match = (labels[near] == labels[query]).all() and labels[query].any()
@@ -1122,7 +1119,7 @@ def heatmap(run, encoded, path, prompt_set=None, classes=None, each=2, side=144)
     texts = np.stack([unit(each.mean(0)) for each in features])[of_row]
     records, tiles = [encoded.records[row] for row in rows], []
     for i, cells in enumerate(similarity_maps(run, records, texts)):
-        grey, cosine = shown(records[i], side), encoded.image_features[rows[i]] @ texts[i]
+        grey, cosine = model_view(records[i], side), encoded.image_features[rows[i]] @ texts[i]
         cosines = np.asarray(Image.fromarray(cells).resize((side, side), Image.Resampling.BILINEAR))
         tiles.append(tile(side, classes[of_row[i]], grey))
         tiles.append(tile(side, f"cosine {cosine:+.2f}", tinted(np.asarray(grey), cosines)))

@@ -15,6 +15,7 @@ A run leaves RUN/log.jsonl (one JSON object a line), RUN/last.pt, RUN/best.pt an
 import argparse
 import contextlib
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -163,6 +164,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if flags := changed_flags(args, kept):
         raise BadInput(f"{flags} would need other weights than those of --init {args.init}")
+    if args.hold_out_data and not args.hold_out:
+        raise BadInput("--hold-out-data says where the images of --hold-out are; name their list")
     if args.out is None:
         args.out = run_folder(parser, args)
     elif holds_a_run(args.out):
@@ -257,7 +260,7 @@ def short(error):
 
 
 @contextlib.contextmanager
-def refusing(what, way_out):
+def using(what, way_out):
     """Turns whatever a library cannot read into a BadInput; it has no one error for that."""
     try:
         yield
@@ -274,7 +277,7 @@ def load_text_model(name, texts=()):
         f"where there is a connection, `hf download {name} --local-dir FOLDER` gets one for --text-model "
         "FOLDER, a BERT and its tokenizer as save_pretrained writes them; --preset small needs none"
     )
-    with refusing(f"the text model {name}", way_out):
+    with using(f"the text model {name}", way_out):
         local = Path(name).is_dir() or isinstance(try_to_load_from_cache(name, "config.json"), str)
         if not local:
             HfApi().model_info(name, timeout=3)  # from_pretrained would try for a minute
@@ -308,7 +311,7 @@ def build_text(args, texts):
 
 def load_image_weights(swin, file):
     """Puts pre-trained Swin weights from a .pt, .pth or .safetensors file into a SwinTransformer."""
-    with refusing(f"--image-weights {file}", "it takes a Swin of the same sizes"):
+    with using(f"--image-weights {file}", "it takes a Swin of the same sizes"):
         safetensors = file.endswith(".safetensors")
         weights = load_file(file) if safetensors else torch.load(file, map_location="cpu", weights_only=True)
         for key in ("model", "state_dict"):  # Microsoft's files, and others, wrap the weights
@@ -538,14 +541,20 @@ def load_splits(args):
             if split == "train" and missing:
                 raise BadInput(f"--findings {', '.join(sorted(missing))}: no training record has it")
             records = data.restricted(records, frozenset(args.findings))
-        if listed:
-            others = data.hold_out(records, listed)
-            copies = set(data.near_copies(others, listed, args.workers))
-            held_out = f"{len(records) - len(others):,} are held out by patient and {len(copies):,} more"
-            print_once(f"{split}: of {len(records):,} images {held_out} by picture")
-            records = [record for record in others if record not in copies]
         splits.append(records)
-    return splits
+    return without_listed(splits, listed, args.workers) if listed else splits
+
+
+def without_listed(splits, listed, workers):
+    """Splits without the patients of the listed images and near copies of these; says how many images go."""
+    others = [data.hold_out(records, listed) for records in splits]
+    copies = set(data.near_copies(list(itertools.chain(*others)), listed, workers))
+    kept = [[record for record in records if record not in copies] for records in others]
+    for split, *parts in zip(data.SPLITS[:2], splits, others, kept, strict=True):
+        whole, by_patient, left = map(len, parts)
+        held_out = f"{whole - by_patient:,} are held out by patient and {by_patient - left:,} more by picture"
+        print_once(f"{split}: of {whole:,} images {held_out}")
+    return kept
 
 
 def mislabelled(records, noise, seed):
@@ -574,14 +583,23 @@ def training_records(args, records):
         )
     kept = list(itertools.compress(records, (reports | (present | absent).any(1)).tolist()))
     numbers = f"{reports.sum():,} with a report and {present.any(1).sum():,} with a finding"
-    left_out = f"{len(records) - len(kept):,} of {len(records):,} images left out"
-    print_once(f"{len(kept):,} training images, {numbers}; {left_out}, which have no report or label")
+    print_once(f"{len(kept):,} training images, {numbers}")
+    if len(kept) < len(records):
+        left_out = f"{len(records) - len(kept):,} of {len(records):,} images left out"
+        print_once(f"{left_out}: they have no report or label that this run uses")
     return kept
 
 
 def seed_for(*key):
     """Seed for the random numbers of one purpose, which the key tells from all others -> int below 2³²."""
     return zlib.crc32(repr(key).encode())
+
+
+@functools.lru_cache(maxsize=1)  # the batches of an epoch share it
+def shuffled(count, seed, epoch):
+    """The images of an epoch in its order -> (count,) int64."""
+    shuffler = torch.Generator().manual_seed(seed_for(seed, "order", epoch))
+    return torch.randperm(count, generator=shuffler)
 
 
 class Batches(torch.utils.data.Dataset):
@@ -599,8 +617,7 @@ class Batches(torch.utils.data.Dataset):
     def rows(self, step):
         """The epoch of a step, and the images that this process takes of it."""
         epoch, place = divmod(step, steps_per_epoch(self.size, self.images))
-        shuffler = torch.Generator().manual_seed(seed_for(self.seed, "order", epoch))
-        order = torch.randperm(len(self.images), generator=shuffler)
+        order = shuffled(len(self.images), self.seed, epoch)
         batch = order[place * self.size : (place + 1) * self.size]
         return epoch, batch[self.share].tolist()
 
@@ -663,7 +680,7 @@ def new_run(args, records):
     return Run(model.to(args.device), tokenizer, findings, args)
 
 
-def records_sha256(records):
+def training_sha256(records):
     """Of all that is known of the records and of the sizes of their images, in order -> str."""
     digest = hashlib.sha256()
     for r in records:
@@ -712,12 +729,13 @@ def begin(args, records):
     run = evaluate.run_from_checkpoint(state, args.device) if state else new_run(args, records)
     groups = parameter_groups(run.model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=run.device.type != "mps")
-    progress = Progress(records=records_sha256(records))
+    progress = Progress(records=training_sha256(records))
     if state:
+        own = progress.records
         with evaluate.refusing(state["path"]):
             progress = Progress(*(state["progress"][field.name] for field in fields(Progress)))
             optimizer.load_state_dict(state["optimizer"])
-        if progress.records != records_sha256(records):
+        if progress.records != own:
             raise BadInput(f"the data have changed since {args.resume} was begun; it cannot go on with them")
     return run._replace(args=args), optimizer, progress
 

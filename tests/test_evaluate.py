@@ -448,6 +448,7 @@ def test_the_screen_shows_the_main_rows_and_on_demand_all(assess, tmp_path, caps
         assert re.search(r"accuracy +\d\.\d{3} +\d\.\d{3} to \d\.\d{3} +0\.200 +0\.\d00 +20\n", table)
         lines = table.splitlines()
         shown[flags] = [line.split("  ")[0] for line in lines if re.search(r" to .* \d+$", line)]
+        assert ("F1 mean" in metrics_of(tmp_path / "results.json")["zero-shot"]) == bool(flags)
     main = ["accuracy", "balanced accuracy", "AUROC mean", "i2t_P@1", "t2i_P@1", "i2t_R@10", "t2i_R@10"]
     assert shown[()] == main
     every = [name for metrics in metrics_of(tmp_path / "results.json").values() for name in metrics]

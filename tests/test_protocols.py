@@ -341,6 +341,11 @@ def test_a_run_leaves_out_the_patients_of_several_lists_and_says_how_many_images
     assert "valid: of 4 images 2 are held out by patient" in printed
 
 
+def test_the_data_of_a_list_are_refused_without_the_list(films, pretrain, capsys):
+    assert pretrain("--data", films, "--hold-out-data", films) == 2
+    assert "--hold-out-data says where the images of --hold-out are" in capsys.readouterr().err
+
+
 def test_a_list_of_another_data_set_keeps_its_copies_out(films, listing, pretrain, tmp_path, capsys):
     chest = data.Image.fromarray(data.draw_phantom(np.random.default_rng(0), (), 160)[0])
     chest.save(tmp_path / "0.png")

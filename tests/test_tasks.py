@@ -35,7 +35,7 @@ def hand_made(images, labels, reports=None, rows=None, **more):
     images = np.array(images, np.float32)
     reports = images if reports is None else np.array(reports, np.float32)
     rows = np.arange(len(reports)) if rows is None else np.array(rows)
-    return evaluate.Encoded(records, findings, images, reports, rows, present, absent, images, present[rows])
+    return evaluate.Encoded(records, findings, images, reports, rows, present, absent, images)
 
 
 def values(measures):
