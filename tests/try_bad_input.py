@@ -19,8 +19,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1])]
-
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import layouts
 from conftest import TINY
 
