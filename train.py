@@ -61,11 +61,13 @@ PRESETS = {  # REPRODUCE.md compares the values of "paper" with those of the fam
         image_size=64, patch_size=8, swin_dim=64, swin_depths=[2, 2], swin_heads=[2, 4], window_size=4,
         drop_path=0.0, text_model=SMALL_BERT, max_length=96, embed_dim=128,
         batch_size=32, epochs=6, lr=1e-3, weight_decay=0.05, workers=1, precision="fp32",
+        threads=1,  # two are no faster at these sizes, and far slower where other programs run
     ),
     "paper": dict(  # Swin-T and Bio_ClinicalBERT
         image_size=224, patch_size=4, swin_dim=96, swin_depths=[2, 2, 6, 2], swin_heads=[3, 6, 12, 24],
         window_size=7, drop_path=0.1, text_model="emilyalsentzer/Bio_ClinicalBERT", max_length=128,
         embed_dim=512, batch_size=128, epochs=15, lr=5e-5, weight_decay=1e-4, workers=4, precision="auto",
+        threads=torch.get_num_threads(),
     ),
 }
 
@@ -140,7 +142,7 @@ def build_parser():
     add = p.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--precision", choices=("auto", "fp32", "bf16"), help="auto: bf16 if the processor has units for it")
-    add("--threads", type=number_type(int, 1, 1024), default=torch.get_num_threads(), help="on the CPU")
+    add("--threads", type=number_type(int, 1, 1024), help="on the CPU")
     add("--micro-batch-size", type=positive, metavar="N",
         help="for a small device: encode N images or texts at a time, twice; the loss has the whole batch")
     add("--workers", type=number_type(int, 0, 256), help="processes that read images; 0 for none")

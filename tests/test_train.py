@@ -99,16 +99,21 @@ def test_options_that_differ_are_printed_first_and_all_of_them_kept(pretrain, tm
 
 
 @pytest.mark.parametrize(
-    ("flags", "text_model", "image_size"),
+    ("flags", "text_model", "image_size", "threads"),
     [
-        ("--data phantom phantom=32", "small", 64),
-        ("--data phantom medpix2=F", "emilyalsentzer/Bio_ClinicalBERT", 224),
-        ("--preset paper --image-size 448 --text-model bert", "bert", 448),
+        ("--data phantom phantom=32", "small", 64, 1),
+        (
+            "--data phantom medpix2=F",
+            "emilyalsentzer/Bio_ClinicalBERT",
+            224,
+            train.PRESETS["paper"]["threads"],
+        ),
+        ("--preset paper --image-size 448 --text-model bert --threads 7", "bert", 448, 7),
     ],
 )
-def test_real_data_get_the_towers_of_the_paper_and_a_flag_wins(flags, text_model, image_size):
+def test_real_data_get_the_towers_of_the_paper_and_a_flag_wins(flags, text_model, image_size, threads):
     args = train.parse_args(flags.split())
-    assert (args.text_model, args.image_size) == (text_model, image_size)
+    assert (args.text_model, args.image_size, args.threads) == (text_model, image_size, threads)
 
 
 # ------------------------------------------------------------------------------------- schedule and decay
