@@ -1261,8 +1261,7 @@ def build_parser():
     p.add_argument("--heatmap", metavar="FILE.png", help="draw where images are like their label's prompt")
     p.add_argument("--features", metavar="FILE.npz", help="write features of images and reports, with ids")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    p.add_argument("--threads", type=number_type(int, 1, 1024), default=torch.get_num_threads(),
-                   help="on the CPU")
+    p.add_argument("--threads", type=number_type(int, 1, 1024), help="on the CPU; default as in training")
     return p
 # fmt: on
 
@@ -1499,7 +1498,6 @@ def evaluate_run(args, path, run, records, chosen, written):
 
 def evaluate(args, written):
     """Does what the options ask for. `written` gets the names of the files, as keys."""
-    torch.set_num_threads(args.threads)
     paths = [run_file(path) for path in args.compare or [args.checkpoint or newest_checkpoint()]]
     files = {args.features: ".npz", args.gallery: ".png", args.heatmap: ".png"}
     if args.images or args.out:
@@ -1510,6 +1508,7 @@ def evaluate(args, written):
     for file, ending in files.items():
         check_output(file, ending)
     runs = [load_run(path) for path in paths]
+    torch.set_num_threads(args.threads or min(runs[0].args.threads, torch.get_num_threads()))
     for run in runs:
         run.args.device = args.device
         run.model.to(resolve_machine(run.args))
