@@ -359,6 +359,16 @@ def test_every_fault_of_a_checkpoint_is_one_sentence(tiny_run, tmp_path, capsys,
     assert re.match(r".*bad.pt is cut short or no checkpoint of this program \(.+\)$", refusal(capsys))
 
 
+def test_evaluation_takes_the_threads_of_training_unless_told(tiny_run, tmp_path, monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    out = str(tmp_path / "results.json")
+    words = ["--checkpoint", str(tiny_run), "--limit", "5", "--task", "zero-shot", "--out", out]
+    assert evaluate.main(words) == evaluate.main([*words, "--threads", "3"]) == 0
+    assert taken == [1, 3]
+
+
 def test_a_configuration_cannot_choose_how_attention_is_computed(tiny_run, tmp_path):
     state = torch.load(tiny_run / "best.pt", weights_only=True)
     for name in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "auto_map"):
