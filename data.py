@@ -5,11 +5,7 @@ phantom            drawn here from a seed          image, report, findings; no f
 chexpert           Stanford AIMI, registration     chest X-rays, 14 findings in four states
 mimic-cxr          PhysioNet, credentialed         chest X-rays, reports, 14 findings in four states
 rsna               Kaggle, competition rules       chest X-rays, pneumonia or none
-openi              Indiana University, open        chest X-rays, reports, findings from MeSH headings
 covid-radiography  Kaggle, licence by source       chest X-rays, COVID-19 and three other classes
-nih-chestxray14    NIH, free with citation         chest X-rays, 14 findings and "No Finding"
-covid-chestxray    github.com/ieee8023             chest X-rays, clinical notes, COVID-19 and others
-medpix2            MedPix 2.0, free with citation  CT and MR images, captions, location category
 csv                your own table, or a pack       images and the columns that README.md lists
 
     python data.py summary --data chexpert=FOLDER           counts what is there and checks it
@@ -26,23 +22,20 @@ import argparse
 import csv
 import gzip
 import hashlib
-import json
 import os
 import re
 import signal
 import sys
-import tarfile
 import zipfile
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache, lru_cache, partial
-from itertools import chain, count, product
+from itertools import chain, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
-from xml.etree import ElementTree
 
 import numpy as np
 
@@ -70,10 +63,6 @@ CHEXPERT = (
 
 class BadInput(Exception):
     """What the user gave cannot be used; the message is one sentence with the way out."""
-
-
-class SharedPatient(BadInput):
-    """A patient is in two splits."""
 
 
 class Lacking(BadInput):
@@ -188,8 +177,8 @@ def hold_out(records, listed):
 # -------------------------------------------------------------------------------------------------- images
 
 MEAN, STD = 0.5, 0.25  # of grey values in 0 ... 1 (ours)
-PIXELS, RATIO, SIDE = 10**8, 50, 4096  # ten radiographs; longer than wide; longer than SIDE is shrunk
-ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm")
+SIDE = 4096  # longer images are shrunk to it
+ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
 
 def read_image(image, about=None):
@@ -203,10 +192,7 @@ def read_image(image, about=None):
     try:
         if image.exists() and not image.is_file():
             raise ValueError("no regular file")
-        if image.suffix.lower() == ".dcm":
-            return read_dicom(image)
         with Image.open(image, formats=("PNG", "JPEG", "TIFF", "BMP")) as file:
-            check_sides(*file.size)
             if about:
                 file.draft("L", (about, about))
             return grey(file)
@@ -223,28 +209,6 @@ def grey(image):
         return image.convert("L")
     values = np.asarray(image).astype(np.float32) / 257  # 16 bits, which Pillow would clip at 255
     return Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
-
-
-def check_sides(width, height):
-    if width * height > PIXELS or max(width, height) > RATIO * min(width, height):
-        raise ValueError(f"{width} x {height} pixels; at most {PIXELS:,}, and {RATIO} times as long as wide")
-
-
-def read_dicom(path):
-    """A DICOM file, its window applied and bone bright -> Pillow image of mode "L"."""
-    try:
-        import pydicom  # only needed for DICOM files, so not in requirements.txt
-        from pydicom.pixels import apply_modality_lut, apply_voi_lut
-    except ImportError as error:
-        raise BadInput(f"{path} is a DICOM file: `pip install 'pydicom>=3'`, or convert it to PNG") from error
-    file = pydicom.dcmread(path)
-    check_sides(file.Columns, file.Rows)
-    grey = apply_voi_lut(apply_modality_lut(file.pixel_array, file), file).astype(np.float32)
-    grey -= grey.min()
-    grey *= 255 / max(grey.max(), 1e-6)
-    if file.PhotometricInterpretation == "MONOCHROME1":
-        grey = 255 - grey
-    return Image.fromarray(grey.round().astype(np.uint8))
 
 
 def pad_to_square(image):
@@ -291,7 +255,7 @@ def image_files(root):
 
 
 def check_images(records, image_size):
-    """Refuses data sets none of whose images is there, and packs smaller than image_size a side."""
+    """Refuses data sets none of whose images is there; notes images with fewer pixels a side, 0 none."""
     for source in dict.fromkeys(record.source for record in records):
         images = [record.image for record in records if record.source == source]
         paths = [image for image in images[:: len(images) // 20 + 1] if isinstance(image, Path)]
@@ -301,13 +265,10 @@ def check_images(records, image_size):
                 f"none of the images of {source} is where its table says: {paths[0]} is not there, and what "
                 f"{folder} holds is {next(image_files(folder), 'no image')}"
             )
-        for pack in {folder for path in paths for folder in path.parents[2:3]}:
-            side = made_of(pack).get("image_size", image_size)
+        with suppress(BadInput):
+            side = max(read_image(paths[0]).size) if paths and image_size else image_size
             if side < image_size:
-                raise BadInput(
-                    f"{pack} was packed at {side} pixels, the model takes {image_size}: pack again with "
-                    f"--image-size {image_size}, or train with --image-size {side}"
-                )
+                note(f"{paths[0]} has {side} pixels a side, the model takes {image_size} and will blur it")
 
 
 def ignore_signals(_worker):
@@ -326,7 +287,7 @@ def transformed(image, transform):
 
 
 class Images(torch.utils.data.Dataset):
-    """Records as (place in the list, (1, S, S) uint8 tensor or the BadInput of an unreadable image)."""
+    """Records as (place in the list, (1, S, S) uint8 tensor); an unreadable image is a BadInput."""
 
     def __init__(self, records, transform):
         self.records = records
@@ -336,10 +297,7 @@ class Images(torch.utils.data.Dataset):
         return len(self.records)
 
     def __getitem__(self, i):
-        try:
-            return i, transformed(self.records[i].image, self.transform)
-        except BadInput as error:
-            return i, BadInput(f"{error}; repair it, or leave it out by `python data.py pack`")
+        return i, transformed(self.records[i].image, self.transform)
 
 
 # ------------------------------------------------------------------------------------------------- batches
@@ -392,9 +350,6 @@ def in_pieces(tokens, pieces):
 class Collate:
     """Makes a Batch of what Images gives; each labelled image draws one of its findings as its prompt.
 
-    An unreadable image makes its BadInput the result in place of a Batch: exceptions of worker processes
-    arrive as tracebacks. See readable.
-
     records: the same list as that of Images. findings: C names. prompts: Tokens of C label prompts, in the
     order of findings; None draws none. tokenizer, max_length: for the reports. pieces: number of pieces into
     which the reports of a batch are cut.
@@ -412,9 +367,6 @@ class Collate:
         self.pieces = pieces
 
     def __call__(self, items):
-        for _, image in items:
-            if isinstance(image, BadInput):
-                return image
         rows = torch.tensor([row for row, _ in items], dtype=torch.long)  # of a process without a share: none
         present = self.present[rows]
 
@@ -460,12 +412,12 @@ def readable(loader):
     """The batches of a loader; whoever stops early, or is stopped, leaves no loading process behind."""
     batches = iter(loader)
     try:
-        for batch in batches:
-            if isinstance(batch, BadInput):
-                raise batch
-            yield batch
+        yield from batches
     except BaseException as error:
         end_workers(batches)
+        if isinstance(error, BadInput):  # of a loading process it is a traceback, with the sentence last
+            sentence = str(error).strip().rpartition("BadInput: ")[2]
+            raise BadInput(f"{sentence}; repair it, or leave it out by `python data.py pack`") from None
         if isinstance(error, RuntimeError) and str(error).startswith("DataLoader"):
             way_out = "the memory or the disk may be the reason; try fewer --workers"
             raise BadInput(f"reading images stopped ({error}); {way_out}") from error
@@ -810,9 +762,6 @@ def phantom(root, split, limit=None):
 
 # ------------------------------------------------------------------------------------- tables and reports
 
-# Bytes of an unpacked table and of one text or line: four times what the largest data set has.
-LARGEST, LONGEST = 2**31, 2**24
-
 
 @contextmanager
 def reading(path, place=""):
@@ -843,26 +792,11 @@ def open_file(path):
     return (gzip.open if path.suffix == ".gz" else open)(path, "rb")
 
 
-def read_whole(file, size=LONGEST):
-    """The bytes of a text; damaged or made to fill the memory where they are more."""
-    content = file.read(size)
-    if len(content) == size:
-        raise ValueError(f"more than {size:,} bytes")
-    return content
-
-
 def read_lines(path):
     """Lines of a UTF-8 text file, plain or as .gz or .zip -> yields (number, line)."""
-    size = 0
     with reading(path) as at, open_file(Path(path)) as file:
-        for number in count(1):
+        for number, line in enumerate(file, 1):
             at.place = f", line {number},"
-            line = file.readline(LONGEST)
-            size += len(line)
-            if len(line) == LONGEST or size > LARGEST:
-                raise ValueError(f"a line of {LONGEST:,} or a file of {LARGEST:,} bytes")
-            if not line:
-                return
             yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
 
 
@@ -919,15 +853,8 @@ def find_table(root, name, *others):
 
 
 def images_under(root):
-    """{name without ending: path} of all image files below root; a converted one goes before its DICOM."""
-    paths = sorted(image_files(root), key=lambda path: path.suffix.lower() != ".dcm")
-    return {path.stem: path for path in paths}
-
-
-@cache
-def interned(names):
-    """The first frozenset equal to this one: a few thousand serve hundreds of thousands of records."""
-    return names
+    """{name without ending: path} of all image files below root."""
+    return {path.stem: path for path in image_files(root)}
 
 
 NOT_ANNOTATED = "unknown"  # the cell of a finding that the image's source does not look for
@@ -945,7 +872,7 @@ def four_states(names, values):
         elif value != NOT_ANNOTATED:
             known = f"1, 0, -1, {NOT_ANNOTATED} and blank"
             raise BadInput(f"column {shown(name)} has the value {shown(value)}, which is none of {known}")
-    return {state: interned(frozenset(group)) for state, group in states.items()}
+    return {state: frozenset(group) for state, group in states.items()}
 
 
 def row_states(where, row, names):
@@ -982,7 +909,7 @@ def pick_split(splits, split):
             first = owner.setdefault((r.source, r.patient), name)
             if first != name:
                 where = f"the splits {first!r} and {name!r}; each patient belongs in one"
-                raise SharedPatient(f"patient {shown(r.patient)} of {r.source} is in {where}")
+                raise BadInput(f"patient {shown(r.patient)} of {r.source} is in {where}")
     return splits[split]
 
 
@@ -1040,10 +967,8 @@ def mimic_cxr(root, split):
     metadata = find(root, "mimic-cxr-2.*-metadata.csv*") or Path(root, "mimic-cxr-2.0.0-metadata.csv.gz")
     records = mimic_table(metadata, {"valid": "validate"}.get(split, split))
     reports = mimic_reports(root, list(dict.fromkeys(os.path.dirname(record.id) for record in records)))
-    ending = next(image_files(metadata.parent / "files"), Path(".jpg")).suffix  # PNG where it was converted
-    places = [Path(metadata.parent, r.id.removesuffix(".jpg") + ending) for r in records]
     texts = [reports.get(os.path.dirname(r.id)) for r in records]
-    return [replace(r, image=i, report=t) for r, i, t in zip(records, places, texts, strict=True)]
+    return [replace(r, image=metadata.parent / r.id, report=t) for r, t in zip(records, texts, strict=True)]
 
 
 def mimic_table(metadata, *splits):
@@ -1081,7 +1006,7 @@ def mimic_reports(root, studies):
             file, at.place = base / f"{study}.txt", f", {study}.txt,"
             if file.is_file():
                 with file.open("rb") as text:
-                    part = report_sections(read_whole(text).decode()).get
+                    part = report_sections(text.read().decode()).get
                 reports[study] = join(part("impression"), part("findings")) or join(part("last_paragraph"))
     return reports
 
@@ -1133,7 +1058,7 @@ def rsna(root, split):
     rows = read_table(details, ("patientId", "class")) if details.exists() else ()
     normal = {row["patientId"] for _, row in rows if row["class"] == "Normal"}
     for r in gloria_split(rsna_table(find_table(root, "stage_2_train_labels.csv")))[split]:
-        image = images.get(r.id, Path(root, "stage_2_train_images", f"{r.id}.dcm"))
+        image = images.get(r.id, Path(root, "stage_2_train_images", f"{r.id}.png"))
         present = frozenset({NO_FINDING}) if r.id in normal else r.findings
         records.append(replace(r, image=image, findings=present))
     return records
@@ -1152,89 +1077,6 @@ def rsna_table(table):
     return [Record(Path(id), None, patient=id, id=id, **known, **states[target[id]]) for id in sorted(target)]
 
 
-def openi(root, split):
-    """Open-I: reports and MeSH headings from the XML or Kaggle's tables; splits by patient, one a report."""
-    images, records = images_under(root), []
-    for report in openi_tables(root) or openi_xml(root):
-        text = join(report["impression"], report["findings"])
-        known = {"patient": report["id"], "source": "openi", **mesh_states(report["headings"])}
-        for id, view in report["images"].items():
-            image = images.get(id, Path(root, f"{id}.png"))
-            records.append(Record(image, text, id=id, view=view, **known))
-    return split_by_patient(records)[split]
-
-
-def openi_tables(root):
-    """Reports of Open-I from Kaggle's two tables, each as a dict; none where these are not there.
-
-    "headings" is a list; "images" is {name of the file without ending: view}.
-    """
-    table, images, reports = find_table(root, "indiana_reports.csv"), {}, []
-    if not table.exists():
-        return reports
-    projections = find_table(root, "indiana_projections.csv")
-    for _, row in read_table(projections, ("uid", "filename", "projection")):
-        name = os.path.splitext(row["filename"])[0]
-        images.setdefault(row["uid"], {})[name] = row["projection"].upper()
-    for _, row in read_table(table, ("uid", "MeSH", "findings", "impression")):
-        more = {"headings": row["MeSH"].split(";"), "images": images.get(row["uid"], {})}
-        reports.append({"id": row["uid"], **row, **more})
-    return reports
-
-
-def openi_xml(root):
-    """The same from ecgen-radiology/ or NLMCXR_reports.tgz, the views from nlmcxr_dicom_metadata.csv."""
-    table, reports = find_table(root, "nlmcxr_dicom_metadata.csv"), []
-    rows = read_table(table, ("imageid", "View Position")) if table.exists() else ()
-    views = {row["imageid"]: row["View Position"] and dicom_view(row["View Position"]) for _, row in rows}
-    for path, text in openi_files(root):
-        with reading(path):
-            tree = ElementTree.fromstring(text)
-            section = {part.get("Label"): part.text for part in tree.iter("AbstractText")}
-            headings = [heading.text or "" for heading in tree.iter("major")]
-            names = [image.get("id") for image in tree.iter("parentImage")]
-            # The first report alone has one number more in the XML than in the table.
-            images = {name: views.get(name.replace("CXR1_1_", "CXR1_"), "") for name in names}
-        texts = {"findings": section.get("FINDINGS"), "impression": section.get("IMPRESSION")}
-        reports.append({"id": path.stem, "headings": headings, "images": images, **texts})
-    return sorted(reports, key=lambda report: (len(report["id"]), report["id"]))  # 2.xml before 10.xml
-
-
-def openi_files(root):
-    """Yields (path, bytes) of the XML files."""
-    folder, archive = find(root, "ecgen-radiology"), find(root, "NLMCXR_reports.tgz")
-    if folder:
-        for path in folder.glob("*.xml"):
-            with reading(path), open_file(path) as file:
-                yield path, read_whole(file)
-    elif archive:
-        with reading(archive), tarfile.open(archive) as files:
-            for member in files:
-                if member.isfile() and member.name.endswith(".xml"):
-                    yield archive / os.path.basename(member.name), read_whole(files.extractfile(member))
-    else:
-        needed = "ecgen-radiology/ nor NLMCXR_reports.tgz nor indiana_reports.csv"
-        raise BadInput(f"{root} has neither {needed}; openi needs one of them")
-
-
-MESH = {  # finding -> MeSH headings; other headings say nothing that the chest X-ray data sets share
-    NO_FINDING: ["normal"], "Atelectasis": ["Pulmonary Atelectasis"], "Cardiomegaly": ["Cardiomegaly"],
-    "Consolidation": ["Consolidation"], "Edema": ["Pulmonary Edema"], "Fracture": ["Fractures, Bone"],
-    "Lung Lesion": ["Mass", "Nodule"], "Lung Opacity": ["Airspace Disease", "Infiltrate", "Opacity"],
-    "Pleural Effusion": ["Pleural Effusion"], "Pneumonia": ["Pneumonia"], "Pneumothorax": ["Pneumothorax"],
-    "Support Devices": [
-        "Catheters, Indwelling", "Implanted Medical Device", "Medical Device", "Tube, Inserted",
-    ],
-}  # fmt: skip
-
-
-def mesh_states(headings):
-    """Headings such as "Opacity/lung/base/left" -> states; a report that was not indexed has none."""
-    main = {heading.split("/")[0].strip() for heading in headings} - {"", "No Indexing"}
-    present = frozenset(finding for finding, names in MESH.items() if main.intersection(names))
-    return {"findings": present, "blank": frozenset(MESH) - present if main else frozenset()}
-
-
 COVID_CLASSES = {  # folder -> finding
     "COVID": "COVID-19", "Lung_Opacity": "Lung Opacity", "Normal": NO_FINDING,
     "Viral Pneumonia": "Viral Pneumonia",
@@ -1248,91 +1090,20 @@ def covid_radiography(root, split):
 
 def covid_folders(root):
     """Records of all class folders that are there, each in the order of the numbers of its images."""
-
-    def letters(name):  # releases differ in case, blank and underscore
-        return re.sub("[^a-z]", "", name.lower())
-
-    below = {letters(path.name): path for path in (*Path(root).glob("*/*/"), *Path(root).glob("*/"))}
-    folders = {name: below[letters(name)] for name in COVID_CLASSES if letters(name) in below}
+    below = {path.name.lower(): path for path in (*Path(root).glob("*/*/"), *Path(root).glob("*/"))}
+    folders = {name: below[name.lower()] for name in COVID_CLASSES if name.lower() in below}
     there = f"{root} has {' and '.join(folders) or 'none'} of the class folders {', '.join(COVID_CLASSES)}"
     if len(folders) < 2:
         raise BadInput(f"{there}; covid-radiography needs at least two")
-    if len(folders) < len(COVID_CLASSES):
-        note(there)
     records = []
     for name, folder in folders.items():
-        finding = COVID_CLASSES[name]
         images = images_under(folder / "images" if (folder / "images").is_dir() else folder)
         # Any of them may show an opacity or a viral pneumonia. All we know: the other three show no COVID-19.
-        known = {"absent": frozenset({"COVID-19"} - {finding}), "view": "FRONTAL"}
+        present, covid = frozenset({COVID_CLASSES[name]}), frozenset({"COVID-19"})
+        known = {"source": "covid-radiography", "absent": covid - present, "view": "FRONTAL"}
         for id in sorted(images, key=lambda id: (len(id), id)):
-            image, present = images[id], frozenset({finding})
-            records.append(Record(image, None, present, id, "covid-radiography", id=id, **known))
+            records.append(Record(images[id], None, present, patient=id, id=id, **known))
     return records
-
-
-def nih_chestxray14(root, split):
-    """NIH ChestX-ray14: image and findings; the official test list if it is there, else splits by patient."""
-    table = find_table(root, "Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
-    rows = [row for _, row in read_table(table, ("Image Index", "Finding Labels", "Patient ID"))]
-    places = images_under(root)  # images/, or images_001/images to images_012/images in Kaggle's copy
-    elsewhere = {"Effusion": "Pleural Effusion", "Pleural_Thickening": "Pleural Thickening"}
-    named = [frozenset(elsewhere.get(n, n) for n in row["Finding Labels"].split("|")) for row in rows]
-    annotated, records = frozenset().union(*named), []
-    for row, present in zip(rows, map(interned, named), strict=True):
-        id, patient, absent = row["Image Index"], row["Patient ID"], interned(annotated - present)
-        image = places.get(os.path.splitext(id)[0], Path(root, "images", id))
-        view = row.get("View Position") or "FRONTAL"  # all are frontal
-        records.append(Record(image, None, present, patient, "nih-chestxray14", absent, id=id, view=view))
-    official = Path(root, "test_list.txt")
-    if not official.exists():
-        return split_by_patient(records)[split]
-    test = {line.strip() for _, line in read_lines(official)}
-    splits = split_by_patient([r for r in records if r.id not in test], shares=(0.9, 0.1, 0.0))
-    return pick_split({**splits, "test": [r for r in records if r.id in test]}, split)
-
-
-def covid_chestxray(root, split):
-    """ieee8023/covid-chestxray-dataset: frontal X-rays, clinical notes as reports; splits by patient.
-
-    Its table lists some files twice, under two numbers of a patient: the first row counts, for both numbers.
-    """
-    needed = ("patientid", "finding", "view", "modality", "folder", "filename", "clinical_notes")
-    records, owner, alias = [], {}, {}
-    for _, row in read_table(Path(root, "metadata.csv"), needed):
-        # "Pneumonia/Viral/COVID-19" in later releases, "COVID-19, ARDS" in earlier: the most exact names.
-        names = {name.strip().rsplit("/", 1)[-1] for name in row["finding"].split(",")}
-        names -= {"", "todo", "Unknown"}
-        if row["modality"] != "X-ray" or not row["view"].startswith(("PA", "AP")) or not names:
-            continue
-        id, notes = f"{row['folder']}/{row['filename']}", as_written(row["clinical_notes"])
-        patient = row["patientid"]
-        if owner.setdefault(id, patient) != patient:
-            alias[patient] = owner[id]
-            continue
-        known = {"patient": patient, "source": "covid-chestxray", "id": id, "view": row["view"][:2]}
-        records.append(Record(Path(root, id), notes, frozenset(names), **known))
-    records = [replace(r, patient=alias.get(r.patient, r.patient)) for r in records]
-    return split_by_patient(records)[split]
-
-
-def medpix2(root, split):
-    """MedPix 2.0: image, caption and location category, in its official splits; a patient is one case."""
-    categories = {"Abdomen", "Head", "Reproductive and Urinary System", "Spine and Muscles", "Thorax"}
-    splits = {name: [] for name in SPLITS}
-    for name, file in {"train": "train", "valid": "dev", "test": "test"}.items():
-        path = Path(root, "splitted_dataset", f"descriptions_{file}.jsonl")
-        for number, line in read_lines(path):
-            with reading(path, f", line {number},"):
-                row = json.loads(line)
-                id, case, category = row["image"], row["U_id"], row["Location Category"]
-                report = row["Description"]["Caption"] or ""
-                for text in (id, case, category, report):
-                    text.encode()  # JSON can hold other things than text, and halves of letters
-            image, absent = Path(root, "images", id + ".png"), interned(frozenset(categories - {category}))
-            known = {"patient": case, "source": "medpix2", "absent": absent, "id": id}
-            splits[name].append(Record(image, as_written(report), frozenset({category}), **known))
-    return pick_split(splits, split)
 
 
 CSV_COLUMNS = ("image", "id", "source", "patient", "split", "view", "report")
@@ -1344,13 +1115,13 @@ def csv_table(table, split):
     Where the cells are blank, the id and the patient of an image are its path and its source is csv; without
     a column of splits, they are drawn by patient. Columns of other cells are left out, which a note says.
     """
-    table, parts, records = table_of(f"csv={table}"), {name: [] for name in SPLITS}, []
+    table, parts, records = Path(table), {name: [] for name in SPLITS}, []
+    if table.is_dir():
+        table /= "table.csv"
     if not table.is_file():
-        if (table.parent / PACK).is_file():
-            raise BadInput(f"the pack {table.parent} is not finished; the command that began it goes on")
         raise BadInput(f"{table} is not there; write csv=TABLE, or csv=FOLDER for FOLDER/table.csv")
     called = {"validate": "valid", "validation": "valid", "val": "valid", "dev": "valid"}
-    names, text, listed = finding_columns(table)
+    names = finding_columns(table)
     for where, row in read_table(table):
         cell = {name: row.get(name, "").strip() for name in CSV_COLUMNS}
         image, view, part = cell["image"], cell["view"].upper(), cell["split"].lower()
@@ -1361,40 +1132,26 @@ def csv_table(table, split):
             raise BadInput(f"{where}: the view {shown(cell['view'])} is none of {', '.join(VIEWS)}")
         if "split" in row and part not in parts:
             raise BadInput(f"{where}: the split {shown(cell['split'])} is none of {', '.join(SPLITS)}")
-        states = row_states(where, row, names)
-        if text and (present := names_in(row[text])):
-            absent = interned(states["absent"] | listed - present)
-            states = states | {"findings": interned(states["findings"] | present), "absent": absent}
         known = {"patient": cell["patient"] or image, "source": cell["source"] or "csv"}
-        known |= {"id": cell["id"] or image, "view": view} | states
+        known |= {"id": cell["id"] or image, "view": view} | row_states(where, row, names)
         records.append(Record(Path(table.parent, image), as_written(cell["report"]), **known))
         if "split" in row:
             parts[part].append(records[-1])
     return pick_split(parts if any(parts.values()) else split_by_patient(records), split)
 
 
-def names_in(cell):
-    """ "Edema|Pneumonia" -> frozenset of names."""
-    return frozenset(filter(None, map(str.strip, cell.split("|"))))
-
-
 def finding_columns(table):
-    """Where a user's table says its findings -> columns of states, column of names or None, these names."""
-    header, odd, listed = (), {}, {"finding": set(), "label": set()}
+    """The columns whose cells are all states of a finding -> tuple; a note names those left out."""
+    header, odd = (), {}
     for where, row in read_table(table, CSV_COLUMNS[:1]):
         header = header or tuple(name for name in row if name not in CSV_COLUMNS)
         for name in header:
             if row[name].strip() not in (*STATE_OF, NOT_ANNOTATED):
                 odd.setdefault(name, f"{shown(name)} ({where.rpartition(', ')[2]}: {shown(row[name])})")
-        for name in listed.keys() & row.keys():
-            listed[name] |= names_in(row[name])
-    names = tuple(name for name in header if name not in odd)
-    text = next((name for name in listed if name in odd and max(map(len, listed[name])) < 60), None)
-    odd.pop(text, None)
     if odd:
         few = ", ".join([*odd.values()][:5])
         note(f"{table}: {len(odd)} columns are left out, as they have other cells than labels: {few}")
-    return names, text, frozenset(listed.get(text, ()))
+    return tuple(name for name in header if name not in odd)
 
 
 @cache
@@ -1406,8 +1163,8 @@ def note(sentence):
 
 # ----------------------------------------------------------------------------------------------- protocols
 #
-# Evaluation sets that anyone can rebuild: each is a function of records and a seed. Two people compare the
-# SHA-256 of their lists and need not share data.
+# Evaluation sets that anyone can rebuild: each is a rule with a fixed seed. Two people compare the SHA-256 of
+# their lists and need not share data.
 
 
 def only_finding(record):
@@ -1432,13 +1189,13 @@ def five_by(number, records, rng):
     return drawn
 
 
-def gloria_5x200(records, seed):
+def gloria_5x200(records, seed=0):
     """GLoRIA's rule: frontal, one of the five tasks and nothing else, not even uncertain or a device."""
     certain = [r for r in records if r.view in FRONTAL and not r.uncertain - {NO_FINDING}]
     return five_by(200, certain, np.random.RandomState(seed))
 
 
-def medclip_5x200(records, seed):
+def medclip_5x200(records, seed=42):
     """MedCLIP's rule: all views, uncertain is absent; 400 of each task, and of these 2,000 a random half."""
     rng = np.random.RandomState(seed)
     return sample(rng, five_by(400, records, rng), 1000)
@@ -1457,7 +1214,7 @@ def gloria_split(records, seed=0):
     return {"train": train, "valid": valid, "test": test}
 
 
-def balanced(records, finding, seed, number=None):
+def balanced(records, finding, seed=0, number=None):
     """As many records without the finding as with it; with `number`, so many of these at random (MedCLIP)."""
     rng = np.random.RandomState(seed)
     present = [record for record in records if finding in record.findings]
@@ -1469,54 +1226,57 @@ def balanced(records, finding, seed, number=None):
 class Protocol(NamedTuple):
     table: str  # what --table has to name
     read: object  # that -> all records
-    rule: object  # these and a seed -> those of the list
-    seed: int = 0  # of the published list where there is one
+    rule: object  # these -> those of the list; its seed is that of the published list where there is one
 
 
 RSNA = "RSNA's stage_2_train_labels.csv", rsna_table
 PROTOCOLS = {
     "chexpert-5x200": Protocol("CheXpert's train.csv", chexpert_table, gloria_5x200),
-    "chexpert-5x200-medclip": Protocol("CheXpert's train.csv", chexpert_table, medclip_5x200, 42),
+    "chexpert-5x200-medclip": Protocol("CheXpert's train.csv", chexpert_table, medclip_5x200),
     "mimic-5x200": Protocol(
         "MIMIC-CXR-JPG's metadata.csv.gz, with the split and the chexpert table beside it",
         lambda table: mimic_table(table, "validate", "test"),
         gloria_5x200,
     ),
-    "rsna-all": Protocol(*RSNA, lambda records, seed: records),
-    "rsna-balanced": Protocol(*RSNA, lambda records, seed: balanced(records, "Pneumonia", seed)),
-    "rsna-gloria-train": Protocol(*RSNA, lambda records, seed: gloria_split(records, seed)["train"]),
-    "rsna-gloria-valid": Protocol(*RSNA, lambda records, seed: gloria_split(records, seed)["valid"]),
-    "rsna-gloria-test": Protocol(*RSNA, lambda records, seed: gloria_split(records, seed)["test"]),
+    "rsna-all": Protocol(*RSNA, list),
+    "rsna-balanced": Protocol(*RSNA, lambda records: balanced(records, "Pneumonia")),
+    "rsna-gloria-train": Protocol(*RSNA, lambda records: gloria_split(records)["train"]),
+    "rsna-gloria-valid": Protocol(*RSNA, lambda records: gloria_split(records)["valid"]),
+    "rsna-gloria-test": Protocol(*RSNA, lambda records: gloria_split(records)["test"]),
     "covid-normal": Protocol(
         "the folder of COVID-19 Radiography",
         lambda folder: [r for r in covid_folders(folder) if r.findings & {"COVID-19", NO_FINDING}],
-        lambda records, seed: balanced(records, "COVID-19", seed, 3000),
-        42,
+        lambda records: balanced(records, "COVID-19", 42, 3000),
     ),
 }
 
 
 def ids_sha256(ids):
-    """SHA-256 of a list of ids joined by newlines: what `sha256sum` says of the file by write_ids."""
+    """SHA-256 of a list of ids joined by newlines: what `sha256sum` says of the file."""
     return hashlib.sha256("\n".join(ids).encode()).hexdigest()
 
 
 @contextmanager
-def replacing(path, mode="x", permissions=0o666):
-    """A file to write that takes the place of the old one when it is whole; it never follows a link."""
-    temporary = f"{path}.tmp"
-    Path(temporary).unlink(missing_ok=True)
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
-    with open(temporary, mode, opener=partial(os.open, mode=permissions), **text) as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def replacing(path, mode="x"):
+    """A file to write, "x" as text or "xb", that takes the place of the old one when it is whole.
 
-
-def write_ids(path, ids):
-    with replacing(path) as file:
-        file.write("\n".join(ids))
+    A crash or a full disk leaves the old file or the new one; a link is replaced, not followed.
+    """
+    temporary, text = Path(f"{path}.tmp"), {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    try:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(Path(path).parent, os.O_RDONLY)
+        os.fsync(folder)  # else a crash could undo the new name
+        os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch.save's own error does not say that the disk is full
+        with suppress(OSError):
+            temporary.unlink()
+        raise BadInput(f"{path} cannot be written; is the disk full? ({error})") from error
 
 
 def read_ids(path):
@@ -1528,18 +1288,8 @@ def read_ids(path):
 
 # ---------------------------------------------------------------------------------------------------- pack
 #
-# A pack is a folder that holds images/, grey PNG files, and table.csv in the form that `csv_table` reads.
-
-PACK = "pack.json"  # what the pack is made of; it is written first, the table last
-OMITTED = "left_out.csv"  # images that are not in the table, for lists that name them
-private_file = partial(replacing, permissions=0o600)  # packs hold reports and pictures of patients
-
-
-def made_of(folder):
-    """What a folder was packed from -> dict, empty where it is no pack."""
-    path = folder / PACK
-    with reading(path):
-        return dict(json.loads(path.read_text())) if path.is_file() else {}
+# A pack is a folder that holds images/, grey PNG files; table.csv in the form that `csv_table` reads; and
+# bad.txt, a line for each image that could not be read and is not in the table.
 
 
 def call_each(work, jobs):
@@ -1563,26 +1313,24 @@ def pack_image(side, job):
     job: (image, file). Returns None or the error: those of loading processes would arrive as tracebacks.
     """
     image, file = job
-    with suppress(BadInput):  # not there, or damaged
+    with suppress(BadInput):  # not there, or cut short when an earlier run was stopped
         if read_image(file).size == (side, side):
             return None
     try:
         pixels = transformed(image, evaluation_transform(side))
         file.parent.mkdir(exist_ok=True, parents=True)
-        with private_file(file, "xb") as png:
-            v2.functional.to_pil_image(pixels).save(png, "PNG")
+        v2.functional.to_pil_image(pixels).save(file, "PNG")
     except (BadInput, OSError) as error:
         return error
 
 
-def pack_rows(chosen):
-    """[(split, record), ...] -> rows of a pack's table, the header first."""
+def table_rows(chosen, images):
+    """[(split, record), ...] and the names of their images -> rows of a table for csv_table, header first."""
     names = sorted(set().union(*(getattr(r, state) for _, r in chosen for state in STATES)))
-    rows = [["image", "id", "source", "patient", "split", "view", "report", *names]]
-    for n, (split, r) in enumerate(chosen):
+    rows = [[*CSV_COLUMNS, *names]]
+    for (split, r), image in zip(chosen, images, strict=True):
         cells = {name: cell for state, cell in CELLS.items() for name in getattr(r, state)}
         labels = [cells.get(name, NOT_ANNOTATED) for name in names]
-        image = f"images/{n // 1000:03}/{n:06}.png"
         rows.append([image, r.id, r.source, r.patient, split, r.view, r.report or "", *labels])
     return rows
 
@@ -1590,7 +1338,8 @@ def pack_rows(chosen):
 def pack(data, out, *, side, views=FRONTAL, workers=2):
     """Shrinks every image to `side` pixels a side, once, and writes a table; goes on where it was stopped.
 
-    Returns (number of images in the table, sentences on those that cannot be read, also in bad.txt).
+    An image that is there, whole and of that size stays. Returns (number of images in the table, sentences on
+    those that cannot be read, also in bad.txt).
     """
     out = Path(out)
     splits = {split: list(chain(*read_records(data, split).values())) for split in SPLITS}
@@ -1598,47 +1347,26 @@ def pack(data, out, *, side, views=FRONTAL, workers=2):
     refuse_repeats([r.id for r in chain(*splits.values())], f"{' and '.join(data)} has the image")
     chosen = [(split, r) for split, records in splits.items() for r in in_views(records, views)]
     check_images([r for _, r in chosen], 0)
-    rows = pack_rows(chosen)
-    records = hashlib.sha256("\n".join(map(repr, rows)).encode()).hexdigest()
-    made = {"data": list(data), "image_size": side, "records": records}
-    out.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if made_of(out) != made:
-        if any(out.iterdir()):
-            what = f"{out} holds something else, or a pack of other data or another size"
-            raise BadInput(f"{what}; give another --out or delete it")
-        with private_file(out / PACK) as file:
-            json.dump(made, file)
-
-    jobs = [(r.image, out / row[0]) for (_, r), row in zip(chosen, rows[1:], strict=True)]
-    bad = {}
-    for row, error in zip(rows[1:], in_processes(partial(pack_image, side), jobs, workers), strict=True):
+    out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()) and not (out / "bad.txt").is_file():
+        raise BadInput(f"{out} holds something else than a pack; give another --out")
+    (out / "bad.txt").touch()
+    names = [hashlib.sha256(f"{r.source} {r.id}".encode()).hexdigest()[:20] for _, r in chosen]
+    images = [f"images/{name[:2]}/{name}.png" for name in names]
+    header, *rows = table_rows(chosen, images)
+    jobs = [(r.image, out / image) for (_, r), image in zip(chosen, images, strict=True)]
+    kept, bad = [], []
+    for row, error in zip(rows, in_processes(partial(pack_image, side), jobs, workers), strict=True):
         if isinstance(error, OSError):  # a full disk
             raise error
-        if error:
-            bad[row[0]] = str(error)
-    with private_file(out / "bad.txt") as file:
-        file.write("".join(f"{sentence}\n" for sentence in bad.values()))
-    if len(bad) == len(jobs):
+        (bad.append(str(error)) if error else kept.append(row))
+    if not kept:
         raise BadInput(f"there is nothing to pack: none of the {len(jobs)} images can be read")
-
-    other = set(chain(*splits.values())) - {r for _, r in chosen}
-    left = [[r.id, r.source, r.patient, f"its view is {r.view}, see pack --views"] for r in other]
-    left += [[*row[1:4], bad[row[0]]] for row in rows if row[0] in bad]
-    with private_file(out / OMITTED) as file:
-        csv.writer(file).writerows([["id", "source", "patient", "reason"], *sorted(left)])
-    with private_file(out / "table.csv") as file:
-        csv.writer(file).writerows(row for row in rows if row[0] not in bad)
-    return len(jobs) - len(bad), list(bad.values())
-
-
-def left_out(data):
-    """Images that packs among the data sets leave out -> {Record without image: the reason}."""
-    found = {}
-    for table in (table_of(spec).with_name(OMITTED) for spec in data if spec.startswith("csv=")):
-        for _, row in read_table(table, ("id", "source", "patient", "reason")) if table.is_file() else ():
-            r = Record(None, None, frozenset(), row["patient"], row["source"], id=row["id"])
-            found[r] = row["reason"]
-    return found
+    with replacing(out / "bad.txt") as file:
+        file.write("".join(f"{sentence}\n" for sentence in bad))
+    with replacing(out / "table.csv") as file:
+        csv.writer(file).writerows([header, *kept])
+    return len(kept), bad
 
 
 # -------------------------------------------------------------------------------------------------- copies
@@ -1679,66 +1407,47 @@ def hashes_of(records, workers=0):
 
 def near_copies(records, listed, workers=0):
     """The records whose image is a near copy of a listed one, the listed ones included -> list."""
-    listed = hashes_of([record for record in listed if record.image is not None], workers)
+    listed = hashes_of(listed, workers)
     rows = {row for rows, _ in near_pairs(hashes_of(records, workers), listed) for row in rows.tolist()}
     return [records[row] for row in sorted(rows)]
 
 
 def print_copies(found, workers):
-    """Prints near copies among [(data set, split, record), ...] -> 1 if one is in train and test, else 0."""
-    hashes, number, examples = hashes_of([record for *_, record in found], workers), Counter(), {}
+    """Prints near copies among [(data set, split, record), ...] -> whether one is in train and test."""
+    hashes, number, examples = hashes_of([record for *_, record in found], workers), Counter(), []
     for rows, columns in near_pairs(hashes, hashes):
-        for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
-            if row < column:
-                both = found[row][:2], found[column][:2]
-                number[both] += 1
-                if number[both] <= 3:
-                    pair = f"    {found[row][2].image} = {found[column][2].image}"
-                    examples.setdefault(both, []).append(pair)
+        for one, other in ((found[i], found[j]) for i, j in zip(rows, columns, strict=True) if i < j):
+            number[one[:2], other[:2]] += 1
+            examples += [f"    {one[2].image} = {other[2].image}"] * (len(examples) < 3)
     print(f"near copies (at most {SAME} of 256 bits of a difference hash differ): {number.total():,} pairs")
     for both, times in number.items():
         print(f"  {times:,} in {' and '.join(map(' '.join, dict.fromkeys(both)))}")
-        print("\n".join(examples[both]))
-    return int(any({one[1], other[1]} == {"train", "test"} for one, other in number))
+    print("\n".join(examples))
+    return any({one[1], other[1]} == {"train", "test"} for one, other in number)
 
 
 # ----------------------------------------------------------------------------------------------- data sets
 
-# Of those that have reports, which text is an image's report; evaluate.py writes it into its results.
-REPORTS = {
-    "phantom": "drawn up with the image", "openi": "impression and findings", "medpix2": "caption",
-    "mimic-cxr": "impression and findings, else the last paragraph; nothing of indication or technique",
-    "covid-chestxray": "clinical notes", "csv": "the column report",
-}  # fmt: skip
 DATASETS = {
-    "phantom": phantom, "chexpert": chexpert, "mimic-cxr": mimic_cxr, "rsna": rsna, "openi": openi,
-    "covid-radiography": covid_radiography, "nih-chestxray14": nih_chestxray14,
-    "covid-chestxray": covid_chestxray, "medpix2": medpix2, "csv": csv_table,
+    "phantom": phantom, "chexpert": chexpert, "mimic-cxr": mimic_cxr, "rsna": rsna,
+    "covid-radiography": covid_radiography, "csv": csv_table,
 }  # fmt: skip
 
 
-def table_of(spec):
-    """The root of "NAME=ROOT"; where it is the folder of a csv table, that table."""
-    root = Path(spec.partition("=")[2])
-    return root / "table.csv" if spec.startswith("csv=") and root.is_dir() else root
-
-
-def check_specs(data):
-    """Refuses what --data names where it cannot be a data set, or is one of the others again."""
-    places = {}
-    for spec in data:
-        name, _, root = spec.partition("=")
-        if name not in DATASETS:
-            way_out = f"; write NAME={name} or csv=TABLE" if os.path.exists(name) else ""
-            raise BadInput(f"unknown data set {name!r}; known are {', '.join(DATASETS)}{way_out}")
-        if name != "phantom" and not root:
-            raise BadInput(f"{name} needs its folder: --data {name}=FOLDER")
-        if name not in ("phantom", "csv") and not Path(root).is_dir():
-            raise BadInput(f"the folder {root} of {name} is not there")
-        place = name, os.path.realpath(table_of(spec))
-        if place in places:
-            raise BadInput(f"{places[place]} and {spec} are one data set; name it once")
-        places[place] = spec
+def read_split(spec, split, limit=None):
+    """The records of one split of "NAME" or "NAME=ROOT", see read_records; no two have one id."""
+    name, _, root = spec.partition("=")
+    if name not in DATASETS:
+        way_out = f"; write NAME={name} or csv=TABLE" if os.path.exists(name) else ""
+        raise BadInput(f"unknown data set {name!r}; known are {', '.join(DATASETS)}{way_out}")
+    if name != "phantom" and not root:
+        raise BadInput(f"{name} needs its folder: --data {name}=FOLDER")
+    if name not in ("phantom", "csv") and not Path(root).is_dir():
+        raise BadInput(f"the folder {root} of {name} is not there")
+    options = {"limit": limit} if name == "phantom" and limit else {}
+    records = DATASETS[name](root, split, **options)
+    refuse_repeats([r.id for r in records], f"{name} in its split {split!r} has the image")
+    return records
 
 
 def read_records(data, split, limit=None):
@@ -1748,20 +1457,12 @@ def read_records(data, split, limit=None):
     limit: of phantoms, which have to be drawn, the first so many alone.
     Refuses one id for two images, and a patient in two splits, also where two tables share a source.
     """
-    check_specs(data)
-
-    def read(spec, split):
-        name, _, root = spec.partition("=")
-        records = DATASETS[name](root, split, **({"limit": limit} if name == "phantom" and limit else {}))
-        refuse_repeats([r.id for r in records], f"{name} in its split {split!r} has the image")
-        return records
-
-    wanted = SPLITS if split == "all" else (split,)
-    found = {part: {spec: read(spec, part) for spec in data} for part in wanted}
-    if len(data) > 1 and any(spec.startswith("csv=") for spec in data):
-        others = [spec for spec in data if not spec.startswith("phantom")]
-        known = {part: found.get(part) or {spec: read(spec, part) for spec in others} for part in SPLITS}
-        pick_split({part: list(chain(*records.values())) for part, records in known.items()}, SPLITS[0])
+    wanted, found = SPLITS if split == "all" else (split,), {}
+    mixed = len(data) > 1 and any(spec.startswith("csv=") for spec in data)
+    for part in SPLITS if mixed else wanted:
+        specs = data if part in wanted else [spec for spec in data if not spec.startswith("phantom")]
+        found[part] = {spec: read_split(spec, part, limit) for spec in specs}
+    pick_split({part: list(chain(*records.values())) for part, records in found.items()}, wanted[0])
     return {spec: [record for part in wanted for record in found[part][spec]] for spec in data}
 
 
@@ -1773,16 +1474,13 @@ def in_views(records, views):
 def usable(found, split, limit=None, *, views=FRONTAL, uncertain="ignore"):
     """Of what read_records found, the records to train on or to evaluate, settled.
 
-    limit: keep the first so many of each source (smoke runs). Data sets of which nothing is left are named in
-    a note; where this is so of all, Lacking is raised.
+    limit: keep the first so many of each data set (smoke runs). Data sets of which nothing is left are named
+    in a note; where this is so of all, Lacking is raised.
     """
-    records, lacking, number = [], [], Counter()
+    records, lacking = [], []
     for spec, read in found.items():
         kept = [settle(record, uncertain) for record in in_views(read, views)]
-        for record in kept:
-            number[spec, record.source] += 1
-            if limit is None or number[spec, record.source] <= limit:
-                records.append(record)
+        records += kept[:limit]
         if not kept:
             without = f" with the view {' or '.join(views)}, see --views" if read else ""
             lacking.append(f"{spec.partition('=')[0]} has no record in its split {split!r}{without}")
@@ -1814,13 +1512,8 @@ def pick_listed(records, ids, where):
 
 def listed_records(data, ids, uncertain="ignore"):
     """The records with these ids, whatever their split and view, settled."""
-    records, left = list(chain(*read_records(data, "all").values())), left_out(data)
-    chosen = pick_listed([*records, *left], ids, " and ".join(data))
-    missing = [record for record in chosen if record in left]
-    if missing:
-        why = f"{shown(missing[0].id)}: {left[missing[0]]}"
-        raise BadInput(f"{len(missing)} of the {len(chosen)} listed images are not packed, such as {why}")
-    return [settle(record, uncertain) for record in chosen]
+    records = chain(*read_records(data, "all").values())
+    return [settle(record, uncertain) for record in pick_listed([*records], ids, " and ".join(data))]
 
 
 # ------------------------------------------------------------------------------------------------- program
@@ -1828,23 +1521,17 @@ def listed_records(data, ids, uncertain="ignore"):
 
 def summary(args):
     """Prints what data sets hold and what is wrong with them, no word of any report -> exit status."""
-    check_specs(args.data)
-    faults, found = 0, []
-    try:
-        for spec in args.data:
-            splits = {split: read_records([spec], split)[spec] for split in SPLITS}
-            faults += print_summary(spec, splits, args)
-            found += [(spec, split, record) for split in SPLITS for record in splits[split]]
-        pick_split({split: [r for _, s, r in found if s == split] for split in SPLITS}, "test")
-    except SharedPatient as error:
-        print(error)
-        faults += 1
-    if args.copies:
-        faults += print_copies(found, args.workers)
-    return 1 if faults else 0
+    missing, found = 0, []
+    for spec in args.data:
+        splits = {split: read_split(spec, split) for split in SPLITS}
+        missing += print_summary(spec, splits)
+        found += [(spec, split, record) for split in SPLITS for record in splits[split]]
+    pick_split({split: [r for _, s, r in found if s == split] for split in SPLITS}, SPLITS[0])
+    copied = args.copies and print_copies(found, args.workers)
+    return 1 if missing or copied else 0
 
 
-def print_summary(spec, splits, args):
+def print_summary(spec, splits):
     """Prints the summary of one data set -> number of files that are missing."""
     records = list(chain(*splits.values()))
     print(f"{spec}\n{'':28}{'images':>10}{'patients':>10}{'reports':>10}{'labelled':>10}")
@@ -1860,54 +1547,24 @@ def print_summary(spec, splits, args):
     for name in sorted(set().union(*counts.values())):
         print(f"{name:28}" + "".join(f"{counts[state][name]:10,}" for state in STATES))
 
-    words = [len(record.report.split()) for record in records if record.report is not None]
-    if words:
-        median, most, longest = np.percentile(words, [50, 95, 100]).round().astype(int)
-        print(f"\nwords of a report: median {median}, 95 % up to {most}, longest {longest}")
-    train = [settle(record, args.uncertain) for record in in_views(splits["train"], args.views)]
-    if vocabulary(train):
-        size = min(args.batch_size, len(train))
-        masked, fitting, starved = expected_pairs(train, size)
-        print(f"in a training batch of {size} images the mask removes {masked:.1f} pairs among reports, of")
-        print(f"images with the same disease, and {fitting:.1f} among prompts, which fit another image")
-        if starved > 0.5:
-            print(f"WARNING: {starved:.0%} of the labelled images have no negative among the prompts")
     missing = sum(not r.image.exists() for r in records if isinstance(r.image, Path))
     print(f"\nmissing files: {missing:,}\n")
     return missing
 
 
-def expected_pairs(records, batch_size):
-    """What the label mask is expected to remove from a random batch -> three float.
-
-    Pairs of images with the same findings, a disease among them (their reports); pairs of an image and a
-    label prompt of another that fits it; the share of labelled images that every prompt fits.
-    """
-    labelled = [record for record in records if record.findings]
-    ill = Counter(record.findings for record in labelled if record.findings - NON_DISEASES)
-    pairs, share = batch_size * (batch_size - 1), len(labelled) / len(records)
-    present, absent = label_matrices(labelled, vocabulary(labelled))
-    drawn = (present / present.sum(1, keepdim=True)).mean(0)
-    fits = (~absent).float() @ drawn  # the chance that the prompt of another labelled image fits this one
-    same = sum((times / len(records)) ** 2 for times in ill.values())
-    starved = float((1 - share * (1 - fits)).pow(batch_size - 1).mean())
-    return pairs / 2 * same, pairs * float(fits.mean()) * share**2, starved
-
-
 def protocol(args):
     """Writes the list of a protocol and prints its SHA-256 -> exit status."""
     known, out = PROTOCOLS[args.name], Path(args.out)
-    seed = known.seed if args.seed is None else args.seed
     records = known.read(args.table)
     refuse_repeats([record.id for record in records], f"{args.table} has the image")
-    chosen = known.rule(records, seed)
+    chosen = known.rule(records)
     ids, patients = [record.id for record in chosen], len({record.patient for record in chosen})
     if os.path.lexists(out) and not (out.is_file() and out.read_bytes() == "\n".join(ids).encode()):
         raise BadInput(f"{out} is there and is not this list; give another --out or delete it")
-    write_ids(out, ids)
-    left, tasks = hold_out(records, chosen), Counter(only_finding(r) or "none or several" for r in chosen)
-    print(f"{args.name}, seed {seed}: {len(ids):,} ids of {patients:,} patients in {out}")
-    print("  " + ", ".join(f"{name} {count:,}" for name, count in sorted(tasks.items())))
+    with replacing(out) as file:
+        file.write("\n".join(ids))
+    left = hold_out(records, chosen)
+    print(f"{args.name}: {len(ids):,} ids of {patients:,} patients in {out}")
     print(f"left without these patients: {len(left):,} images of {len({r.patient for r in left}):,} patients")
     print(f"SHA-256 {ids_sha256(ids)}")
     return 0
@@ -1915,6 +1572,7 @@ def protocol(args):
 
 def run_pack(args):
     """Packs data sets -> exit status."""
+    os.umask(0o077)  # a pack holds reports and pictures of patients
     good, bad = pack(args.data, args.out, side=args.image_size, views=args.views, workers=args.workers)
     if bad:
         print(f"{len(bad):,} images cannot be read and are left out; {args.out}/bad.txt names all:")
@@ -1962,15 +1620,12 @@ def build_parser():
 
     add = command(summary, "summary", "count what is there and check it; status 1 where a check fails")
     data_options(add)
-    add("--uncertain", choices=UNCERTAIN, default="ignore", help="what -1 becomes in training")
-    add("--batch-size", type=number_type(int, 1), default=128, help="for the pairs in a batch")
     add("--copies", action=argparse.BooleanOptionalAction, default=True, help="look for near copies")
     add = command(protocol, "protocol", "write the list of ids of an evaluation set and print its SHA-256")
     needed = "; ".join(f"{name}: --table names {known.table}" for name, known in PROTOCOLS.items())
     add("name", choices=PROTOCOLS, help=needed)
     add("--table", required=True, metavar="FILE", help="the published table, plain, .gz or .zip")
     add("--out", required=True, metavar="FILE")
-    add("--seed", type=number_type(int, 0, 2**32 - 1), help="default: that of the published list")
     add = command(run_pack, "pack", "shrink every image to a PNG file once; goes on where it was stopped")
     data_options(add)
     add("--out", required=True, metavar="FOLDER")

@@ -3,12 +3,9 @@
     python evaluate.py                                      zero-shot and retrieval of the newest run
     python evaluate.py --task retrieval --gallery out.png   and a picture of what was retrieved
     python evaluate.py --task linear-probe prompt-sensitivity prompt-words
-    python evaluate.py --heatmap out.png                    where an image is like the prompt of its finding
     python evaluate.py --compare runs/umcl runs/umcl-label-mask-none
-    python evaluate.py --task zero-shot --data nih-chestxray14=FOLDER covid-chestxray=FOLDER \\
+    python evaluate.py --task zero-shot --data covid-radiography=FOLDER \\
         --classes COVID-19 "No Finding"                     these two against each other
-    python evaluate.py --images FILE FOLDER --out scores.csv
-                                                            images without a table: how near to each finding
 
 Similarity is the cosine of unit-length features. The score of an image does not depend on the other images.
 Results go to RUN/results.json, one entry for each task, data set and prompt set; they contain no report.
@@ -16,18 +13,14 @@ Results go to RUN/results.json, one entry for each task, data set and prompt set
 
 import argparse
 import contextlib
-import csv
 import functools
-import glob
-import hashlib
 import inspect
-import io
 import json
 import os
 import re
 import subprocess
 import sys
-from collections import Counter
+import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -41,10 +34,8 @@ import torch
 import torchvision
 import transformers
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 from tokenizers import Tokenizer
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from torchvision.utils import make_grid
+from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -243,9 +234,8 @@ def entry_of(measure):
 
 
 def difference(one, other):
-    """The second measure less the first -> (value, low, high); nan where their rows are not the same."""
-    paired = len(one.arrays[0]) == len(other.arrays[0]) and one.trained == other.trained
-    return other.value - one.value, *(interval(other, one) if paired else (np.nan, np.nan))
+    """The second measure less the first, of the same rows -> (value, low, high)."""
+    return other.value - one.value, *interval(other, one)
 
 
 def progress(items, what, **options):
@@ -257,14 +247,6 @@ def progress(items, what, **options):
 
 # Options that say where and how a run is computed: they change it by rounding and random numbers at most.
 MACHINE_OPTIONS = ("device", "workers", "threads", "micro_batch_size", "log_every", "save_every")
-# Options that the shapes of the weights depend on.
-MODEL_OPTIONS = tuple(
-    "image_size patch_size swin_dim swin_depths swin_heads window_size text_model max_length embed_dim "
-    "prompt_length".split()
-)
-# Further options of training that are used below. What is wrong with the model's shows where it is built.
-USED_OPTIONS = {"batch_size": int, "workers": int, "max_length": int, "template": str, "precision": str}
-USED_OPTIONS |= {"uncertain": str, "data": list, "views": list}
 # The fields of BERT's configuration that a checkpoint may set. Others, such as the kernel that computes
 # attention, could make the library fetch code.
 BERT_FIELDS = (
@@ -293,9 +275,6 @@ class Run(NamedTuple):
         positions = self.model.text_encoder.bert.config.max_position_embeddings
         room = positions - (len(self.model.prompt.context) if self.model.prompt else 0)
         return data.tokenize(self.tokenizer, texts, min(self.args.max_length, room))
-
-    def report_tokens(self, texts):
-        return data.tokenize(self.tokenizer, texts, self.args.max_length)
 
 
 def wrap_tokenizer(tokenizer_json):
@@ -342,23 +321,8 @@ def save_checkpoint(path, run, progress, **more):
         "bert": run.model.text_encoder.bert.config.to_json_string(),
         "progress": progress,
     }
-    with replacing(path) as file:
+    with data.replacing(path, "xb") as file:
         torch.save(state | more, file)
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A file to write bytes into; a crash or a full disk leaves the old file or the new one."""
-    try:
-        with data.replacing(path, "xb") as file:
-            yield file
-        folder = os.open(Path(path).parent, os.O_RDONLY)
-        os.fsync(folder)  # else a crash could undo the new name
-        os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch.save's own error does not say that the disk is full
-        with contextlib.suppress(OSError):
-            os.unlink(f"{path}.tmp")
-        raise BadInput(f"{path} cannot be written; is the disk full? ({error})") from error
 
 
 def run_file(path):
@@ -384,20 +348,13 @@ def read_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["kind"] != "umcl":
             raise ValueError("it holds something else")
-        options = state["args"]
-        for name, kind in USED_OPTIONS.items():
-            if not isinstance(options[name], kind):
-                raise ValueError(f"its option {name} is no {kind.__name__}")
-        names = *state["findings"], *options["data"]
-        if options["batch_size"] < 1 or not all(isinstance(name, str) for name in names):
-            raise ValueError("its batches are empty, or a finding or a data set is no name")
         return state | {"path": str(path)}
 
 
 def run_from_checkpoint(state, device):
     """What read_checkpoint gives -> Run in evaluation mode."""
-    args = argparse.Namespace(**state["args"])
     with refusing(state["path"]):
+        args = argparse.Namespace(**state["args"])
         fields = json.loads(state["bert"])
         fields = {name: fields[name] for name in BERT_FIELDS if name in fields}
         if not max(fields.get("num_hidden_layers", 0), *args.swin_depths) <= len(state["model"]):
@@ -410,7 +367,9 @@ def run_from_checkpoint(state, device):
             raise ValueError("its tokenizer has more pieces than its text model")
         if not finite(model):
             raise ValueError("its weights are not finite")
-    return Run(model.to(device).eval(), tokenizer, state["findings"], args)
+        run = Run(model.eval(), tokenizer, state["findings"], args)
+    run.model.to(device)
+    return run
 
 
 def load_run(path, device="cpu"):
@@ -465,24 +424,19 @@ def numbered(names):
     return np.array([number.setdefault(name, len(number)) for name in names], dtype=np.int64)
 
 
-def image_loader(run, records, findings=(), collate_fn=None):
-    """Batches of records without label prompts."""
-    return torch.utils.data.DataLoader(
-        data.Images(records, data.evaluation_transform(run.args.image_size)),
-        run.args.batch_size,
-        num_workers=run.args.workers,
-        worker_init_fn=data.ignore_signals,
-        timeout=data.PATIENCE if run.args.workers else 0,
-        collate_fn=collate_fn or data.Collate(records, findings, None, run.tokenizer, run.args.max_length),
-    )
-
-
 @torch.no_grad()
 def encode(run, records):
     """Records -> Encoded, in their order; the findings are those that are present at least once."""
     run.model.eval()
     findings = data.vocabulary(records)
-    loader = image_loader(run, records, findings)
+    loader = torch.utils.data.DataLoader(
+        data.Images(records, data.evaluation_transform(run.args.image_size)),
+        run.args.batch_size,
+        num_workers=run.args.workers,
+        worker_init_fn=data.ignore_signals,
+        timeout=data.PATIENCE if run.args.workers else 0,
+        collate_fn=data.Collate(records, findings, None, run.tokenizer, run.args.max_length),
+    )
     pooled, image_features, report_features, report_rows = ([] for _ in range(4))
     for batch in progress(data.readable(loader), "images and reports", total=len(loader), unit="batch"):
         report_rows.append(batch.rows[batch.report_rows])
@@ -516,7 +470,8 @@ def finite_features(parts):
 def encode_texts(run, texts, as_prompts=False):
     """Reports, or label prompts with the continuous prompt put in -> (T, D) float32, unit length."""
     run.model.eval()
-    tokens_of = run.prompt_tokens if as_prompts else run.report_tokens
+    report_tokens = partial(data.tokenize, run.tokenizer, max_length=run.args.max_length)
+    tokens_of = run.prompt_tokens if as_prompts else report_tokens
     encode_part = run.model.encode_prompt if as_prompts else run.model.encode_text
     features = []
     for i in range(0, len(texts), run.args.batch_size):
@@ -581,15 +536,12 @@ def read_prompts(source, findings):
     return tuple({name: side[name] for name in findings if name in side} for side in sides.values())
 
 
-def unit(vector):
-    return vector / np.linalg.norm(vector)
-
-
-# How the T prompts of one finding become its score of N images: (N, D), (T, D) -> (N,).
+# How the T prompts of one finding become its score of N images: (N, D), (T, D) -> (N,). The first is of the
+# family of CLIP, the others of MedCLIP.
 COMBINE = {
-    "mean-embedding": lambda images, texts: images @ unit(texts.mean(0)),  # family: CLIP
-    "mean-similarity": lambda images, texts: (images @ texts.T).mean(1),  # family: MedCLIP
-    "max": lambda images, texts: (images @ texts.T).max(1),  # family: MedCLIP
+    "mean-embedding": lambda images, texts: images @ (texts.mean(0) / np.linalg.norm(texts.mean(0))),
+    "mean-similarity": lambda images, texts: (images @ texts.T).mean(1),
+    "max": lambda images, texts: (images @ texts.T).max(1),
 }
 
 
@@ -626,20 +578,12 @@ class Scored(NamedTuple):
         parts = (part[:, columns] for part in (self.scores, self.present, self.absent))
         return Scored(list(names), *parts, self.patients)
 
-    def by_finding(self):
-        """Name, scores, labels and patients of each finding that has both classes, where it is known."""
-        columns = zip(self.names, self.scores.T, self.present.T, self.absent.T, strict=True)
-        for name, scores, present, absent in columns:
-            if present.any() and absent.any():
-                known = present | absent
-                yield name, scores[known], present[known], self.patients[known]
-
 
 def zero_shot(run, encoded, *, prompt_set=None, combine="mean-embedding", classes=None, valid=None):
     """Classification by label prompts (paper) -> {metric: Measure}; see classification and at_thresholds.
 
     "pair AUROC" is by a finding's score less that of the prompts of its absence (family: CheXzero, whose
-    softmax over the two gives the same ranking), "absence AUROC" of absence, by the prompts of absence alone.
+    softmax over the two gives the same ranking).
 
     prompt_set: see read_prompts; None is the template of training. combine: see COMBINE.
     classes: names; None takes all findings of the records.
@@ -650,18 +594,15 @@ def zero_shot(run, encoded, *, prompt_set=None, combine="mean-embedding", classe
     texts = encode_findings(run, positive)
 
     def scored(images, present, absent):
-        return Scored(
-            classes, combined(images.image_features, texts, combine), present, absent, images.patients
-        )
+        scores = combined(images.image_features, texts, combine)
+        return Scored(classes, scores, present, absent, images.patients)
 
     found = scored(encoded, present, absent)
     measures = classification(found)
     if negative:
         some = found.of(negative)
         of_absence = combined(encoded.image_features, encode_findings(run, negative), combine)
-        pair = some._replace(scores=some.scores - of_absence)
-        swapped = some._replace(scores=of_absence, present=some.absent, absent=some.present)
-        measures |= by_finding("pair AUROC", auroc, pair) | by_finding("absence AUROC", auroc, swapped)
+        measures |= by_finding("pair AUROC", auroc, some._replace(scores=some.scores - of_absence))
     if not measures:
         raise Lacking("zero-shot needs labels of two classes, and these data have none")
     if valid:
@@ -670,7 +611,7 @@ def zero_shot(run, encoded, *, prompt_set=None, combine="mean-embedding", classe
             labels = (each.numpy() for each in data.label_matrices(encoded.records, classes))
             measures |= at_thresholds(found, scored(encoded, *labels))
         except BadInput as error:
-            say(f"note: F1, MCC and binary accuracy are left out, for want of a threshold: {error}")
+            print(f"note: F1, MCC and binary accuracy are left out, for want of a threshold: {error}")
     return measures
 
 
@@ -682,14 +623,18 @@ def baselines(present):
 def by_finding(kind, metric, scored, chance=lambda labels: 0.5):
     """A metric of each finding over the images where it is known, and its mean over the findings -> Measures.
 
+    A finding that has not both classes is left out.
     metric: function of a finding's scores and labels. chance: function of its labels.
     """
-    measures = {}
-    for name, scores, labels, patients in scored.by_finding():
-        told = {"patients": patients, "counts": {"positives": int(labels.sum())}}
-        measures[f"{kind} {name}"] = Measure(metric, (scores, labels), chance(labels), **told)
+    measures, known = {}, scored.present | scored.absent
+    for i, name in enumerate(scored.names):
+        rows = known[:, i]
+        scores, labels = scored.scores[rows, i], scored.present[rows, i]
+        if labels.any() and not labels.all():
+            told = {"patients": scored.patients[rows], "counts": {"positives": int(labels.sum())}}
+            measures[f"{kind} {name}"] = Measure(metric, (scores, labels), chance(labels), **told)
     if measures:
-        arrays = scored.scores, scored.present, scored.present | scored.absent
+        arrays = scored.scores, scored.present, known
         blind = np.mean([measure.chance for measure in measures.values()])
         mean = Measure(partial(mean_over_findings, metric), arrays, blind, patients=scored.patients)
         measures[f"{kind} mean"] = mean
@@ -704,9 +649,9 @@ def classification(scored):
         true, predicted = scored.present[single].argmax(1), scored.scores[single].argmax(1)
         told = baselines(scored.present[single]) | {"patients": scored.patients[single]}
         measures["accuracy"] = Measure(np.mean, (predicted == true,), **told)
-        pairs = Counter(zip(true.tolist(), predicted.tolist(), strict=True))
         confusion = {  # {true class: {predicted class: images}}
-            name: {other: pairs[i, j] for j, other in enumerate(names)} for i, name in enumerate(names)
+            name: {other: int(((true == i) & (predicted == j)).sum()) for j, other in enumerate(names)}
+            for i, name in enumerate(names)
         }
         told |= {"constant": 1 / len(np.unique(true)), "counts": {"confusion": confusion}}
         measures["balanced accuracy"] = Measure(balanced_accuracy, (predicted, true), **told)
@@ -720,7 +665,8 @@ def at_thresholds(scored, valid):
 
     The threshold has the best F1 on the validation split. Chance is the better of two answers: always, never.
     """
-    thresholds = {name: best_threshold(scores, labels) for name, scores, labels, _ in valid.by_finding()}
+    best = by_finding("threshold", best_threshold, valid)
+    thresholds = {name: best[key].value for name in scored.names if (key := f"threshold {name}") in best}
     if not thresholds:
         raise Lacking("no evaluated finding is both present and absent in the valid split")
     scored, measures = scored.of(thresholds), {}
@@ -770,10 +716,8 @@ def retrieved(images, texts, by_class):
     i2t has images as queries and texts as candidates, t2i the reverse. K beyond the candidates is left out.
     """
     measures = {}
-    for way, (queries, keys, patients), (candidates, of_candidates, _) in (
-        ("i2t", images, texts),
-        ("t2i", texts, images),
-    ):
+    for way, asking, answering in (("i2t", images, texts), ("t2i", texts, images)):
+        (queries, keys, patients), (candidates, of_candidates, _) = asking, answering
         count = len(candidates)
         right = torch.bincount(of_candidates, minlength=int(keys.max()) + 1)[keys].numpy()
         ks = [k for k in ((1, 2, 5, 10) if by_class else (1, 5, 10)) if k <= count]
@@ -955,11 +899,10 @@ def prompt_sensitivity(run, encoded, *, classes=None):
 
 
 def prompt_words(run, encoded):
-    """What the continuous prompt learned, and whether it brings label prompts nearer to the reports.
+    """Whether the continuous prompt brings label prompts nearer to the reports.
 
     Of the reports with exactly one finding, and one prompt for each of their findings, with the vectors and
-    without: distance of the two centres, and mean cosine of a report with the prompt of its finding and with
-    the others'. Norm of the vectors; they start with 0.02 √dim.
+    without: distance of the two centres, mean cosine of a report with its finding's prompt and with others'.
     """
     labels = encoded.present[encoded.report_rows]
     single = labels.sum(1) == 1
@@ -984,9 +927,6 @@ def prompt_words(run, encoded):
             ("cosine with other reports", np.mean, others),
         ):
             measures[f"{name}, {way}"] = Measure(metric, (rows,), patients=patients)
-    if run.model.prompt is not None:
-        norms = run.model.prompt.context.detach().float().norm(dim=1).cpu().numpy()
-        measures["norm of the vectors"] = Measure(np.mean, (norms,))
     return measures
 
 
@@ -1020,47 +960,6 @@ def quick_scores(run, records):
 # ------------------------------------------------------------------------------------------------ pictures
 
 FONT = ImageFont.load_default(13)
-LINE = 17  # pixels from one line of text to the next
-TITLE = 22  # pixels of the line above a tile
-
-
-def wrapped(text, width):
-    """Text -> lines no wider than so many pixels; a longer word is cut."""
-    lines = [""]
-    for word in text.split():
-        while FONT.getlength(word) > width:
-            word = word[:-1]
-        longer = f"{lines[-1]} {word}".strip()
-        lines = [*lines[:-1], longer] if FONT.getlength(longer) <= width else [*lines, word]
-    return lines
-
-
-def tile(side, title, picture=None, text="", frame=None):
-    """A title above a square with a Pillow image or a text in it -> (3, TITLE + side, side) uint8 tensor."""
-    whole = Image.new("RGB", (side, TITLE + side), "white")
-    draw = ImageDraw.Draw(whole)
-    if picture is not None:
-        whole.paste(picture, (0, TITLE))
-    if frame:
-        draw.rectangle((0, 0, side - 1, TITLE + side - 1), outline=frame, width=3)
-    lines = [wrapped(title, side - 12)[0], *wrapped(text, side - 20)]
-    for i, line in enumerate(lines[: side // LINE]):
-        draw.text((8, 4 + i * LINE), line, "black", FONT)
-    return pil_to_tensor(whole)
-
-
-def save_picture(tiles, columns, path):
-    """Tiles of one size, row by row, as a PNG file that is known again as ours, see check_output."""
-    picture = to_pil_image(make_grid(torch.stack(tiles), columns, padding=4, pad_value=255))
-    mark = PngInfo()
-    mark.add_text("Software", "UMCL")
-    with replacing(path) as file:
-        picture.save(file, format="PNG", pnginfo=mark)
-
-
-def model_view(record, side):
-    """The image of a record as the model sees it, padded to a square -> Pillow image of mode "L"."""
-    return to_pil_image(data.evaluation_transform(side)(data.read_image(record.image)))
 
 
 def gallery(run, encoded, path, rows=4, columns=3, side=224):
@@ -1068,89 +967,28 @@ def gallery(run, encoded, path, rows=4, columns=3, side=224):
     if not len(encoded.report_features):
         raise BadInput("a gallery needs reports, and these data have none")
     images, labels = encoded.image_features[encoded.report_rows], encoded.present[encoded.report_rows]
-    tiles = []
-    for query in np.random.default_rng(0).permutation(len(images))[:rows]:
-        record = encoded.records[encoded.report_rows[query]]
-        tiles.append(tile(side, ", ".join(sorted(record.findings)), model_view(record, side)))
+    records = [encoded.records[row] for row in encoded.report_rows]
+    queries = np.random.default_rng(0).permutation(len(images))[:rows]
+    width, height, title = side + 8, side + 30, 22  # of a tile, and of the line above its image
+    picture = Image.new("RGB", ((1 + columns) * width, len(queries) * height), "white")
+    draw = ImageDraw.Draw(picture)
+    for top, query in zip(range(0, picture.height, height), queries, strict=True):
+        view = data.evaluation_transform(side)(data.read_image(records[query].image))
+        picture.paste(to_pil_image(view), (0, top + title))
+        draw.text((4, top + 4), ", ".join(sorted(records[query].findings))[:32], "black", FONT)
         for rank, near in enumerate((-(images[query] @ encoded.report_features.T)).argsort()[:columns], 1):
-            found = encoded.records[encoded.report_rows[near]]
-            match = (labels[near] == labels[query]).all() and labels[query].any()
-            title = f"{rank}. {'match' if match else 'no match'}{', its own report' * bool(near == query)}"
-            text = f"[{', '.join(sorted(found.findings))}] {found.report}"
-            tiles.append(tile(side, title, text=text, frame="green" if match else "red"))
-    save_picture(tiles, 1 + columns, path)
-
-
-@torch.no_grad()
-def similarity_maps(run, records, text_features):
-    """The cosine of each cell of the last Swin map with a text, the cell projected as an image is.
-
-    N records, (N, D) float32, one text for each record -> (N, S, S) float32
-    """
-    run.model.eval()
-    maps, texts = [], torch.as_tensor(text_features)
-    for batch in data.readable(image_loader(run, records)):
-        images = data.normalise(batch.images.to(run.device))
-        with run.autocast():
-            cells = run.model.project_image(run.model.image_encoder.cells(images))  # (B, S², D)
-        maps.append((cells.cpu() @ texts[batch.rows, :, None])[..., 0])
-    maps = torch.cat(maps)
-    side = int(maps.shape[1] ** 0.5)
-    return maps.view(-1, side, side).numpy()
-
-
-def tinted(grey, cosines):
-    """(H, W) grey values and (H, W) cosines -> Pillow image, red where it is 1, blue where it is -1."""
-    colour = np.where(cosines[..., None] > 0, (230, 30, 20), (20, 70, 230))
-    strength = 0.8 * np.abs(cosines).clip(0, 1)[..., None]
-    return Image.fromarray((grey[..., None] * (1 - strength) + colour * strength).astype(np.uint8))
-
-
-def heatmap(run, encoded, path, prompt_set=None, classes=None, each=2, side=144):
-    """Draws images with exactly one finding beside their similarity maps with its prompt, and the scale."""
-    classes, present, _ = chosen_classes(encoded, classes)
-    single = encoded.present.sum(1) == 1
-    chosen = [np.flatnonzero(single & column)[:each] for column in present.T]
-    rows = np.concatenate([np.zeros(0, int), *chosen])
-    if not len(rows):
-        raise BadInput("a heat map needs images with exactly one finding, and these data have none")
-    features = encode_findings(run, read_prompts(prompt_set or run.args.template, classes)[0])
-    of_row = np.repeat(np.arange(len(classes)), [len(each) for each in chosen])
-    texts = np.stack([unit(each.mean(0)) for each in features])[of_row]
-    records, tiles = [encoded.records[row] for row in rows], []
-    for i, cells in enumerate(similarity_maps(run, records, texts)):
-        grey, cosine = model_view(records[i], side), encoded.image_features[rows[i]] @ texts[i]
-        cosines = np.asarray(Image.fromarray(cells).resize((side, side), Image.Resampling.BILINEAR))
-        tiles.append(tile(side, classes[of_row[i]], grey))
-        tiles.append(tile(side, f"cosine {cosine:+.2f}", tinted(np.asarray(grey), cosines)))
-    bar = np.tile(np.linspace(-1, 1, side), (16, 1))
-    tiles.append(tile(side, "scale: -1 to 1", tinted(np.full(bar.shape, 128), bar)))
-    save_picture(tiles, 4, path)
+            match, left = (labels[near] == labels[query]).all() and labels[query].any(), rank * width
+            lines = [f"{rank}. {'match' if match else 'no match'}{', its own report' * bool(near == query)}"]
+            text = f"[{', '.join(sorted(records[near].findings))}] {records[near].report}"
+            lines += textwrap.wrap(text, 30)[:12]
+            frame = left, top, left + side, top + title + side
+            draw.rectangle(frame, outline="green" if match else "red", width=3)
+            draw.multiline_text((left + 8, top + 6), "\n".join(lines), "black", FONT)
+    with data.replacing(path, "xb") as file:
+        picture.save(file, format="PNG")
 
 
 # ------------------------------------------------------------------------------------------------- program
-
-
-def say(text):
-    """Prints a line; a terminal that is gone or a full disk behind stdout costs no results."""
-    try:
-        print(text, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-# How a file that this program has written is known again, by its ending: bytes near its start.
-SIGNATURES = {".png": b"UMCL", ".npz": b"image_features", ".csv": b"cosine "}
-
-
-def check_output(path, ending):
-    """Refuses, before anything is computed, to replace a file that this program has not written."""
-    if Path(path).suffix.lower() != ending:
-        raise BadInput(f"{path}: the name of this file has to end in {ending}")
-    if ending == ".json":
-        read_results(path)
-    elif Path(path).exists() and SIGNATURES[ending] not in Path(path).read_bytes()[:1000]:
-        raise BadInput(f"{path} is there and was not written by this program; name another file")
 
 
 def read_results(path):
@@ -1162,15 +1000,6 @@ def read_results(path):
         return entries
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(f"{path} holds no results ({error}); move it away") from error
-
-
-def write_features(encoded, path):
-    """Image and report features with the ids of their images, or their places in the list, as .npz."""
-    ids = np.array([record.id or str(i) for i, record in enumerate(encoded.records)])
-    arrays = {"image_features": encoded.image_features, "image_ids": ids}
-    arrays |= {"report_features": encoded.report_features, "report_ids": ids[encoded.report_rows]}
-    with replacing(path) as file:
-        np.savez(file, **arrays)
 
 
 def newest_checkpoint():
@@ -1190,19 +1019,17 @@ def print_table(task, entries, all_metrics=True):
     """{metric: entry} of a task, and a warning where zero-shot is worse than a blind guess."""
     rows = rows_shown(task, entries, all_metrics)
     width = max([34, *map(len, rows)])
-    say(f"\n{task:{width}}{'value':>8}{'95 % interval':>21}{'chance':>8}{'constant':>10}{'n':>7}")
+    print(f"\n{task:{width}}{'value':>8}{'95 % interval':>21}{'chance':>8}{'constant':>10}{'n':>7}")
     for name in rows:
         entry = entries[name]
         bounds = f"{entry['low']:.3f} to {entry['high']:.3f}"
         blind, constant = (f"{entry[k]:.3f}" if k in entry else "" for k in ("chance", "constant"))
-        say(f"{name:{width}}{entry['value']:8.3f}{bounds:>21}{blind:>8}{constant:>10}{entry['n']:7}")
-        for true, counts in entry.get("confusion", {}).items() if all_metrics else ():
-            say(f"{f'  {true}, predicted as each':{width}}" + "".join(f"{n:6}" for n in counts.values()))
+        print(f"{name:{width}}{entry['value']:8.3f}{bounds:>21}{blind:>8}{constant:>10}{entry['n']:7}")
     if len(rows) < len(entries):
-        say(f"({len(entries) - len(rows)} more with --all-metrics)")
+        print(f"({len(entries) - len(rows)} more with --all-metrics)")
     for name, entry in entries.items():
         if task == "zero-shot" and name.startswith("AUROC") and entry["high"] < 0.5:
-            say(f"warning: {name} is below 0.5: do its prompts and labels mean the same?")
+            print(f"warning: {name} is below 0.5: do its prompts and labels mean the same?")
 
 
 def records_sha256(records):
@@ -1214,17 +1041,12 @@ def records_sha256(records):
 
 
 def commit():
-    """The commit of this program -> str; with a hash of the files where they differ or there is no git."""
-    folder = Path(__file__).parent
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
+    """The commit of this program -> str, "unknown" without git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        name = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        name = "unknown"
-    if name.endswith(("unknown", "-dirty")):
-        files = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
-        name += f"-{hashlib.sha256(files).hexdigest()[:8]}"
-    return name
+        return "unknown"
 
 
 # fmt: off
@@ -1235,14 +1057,12 @@ def build_parser():
     p.add_argument("--checkpoint", help="RUN or RUN/best.pt; default the newest run's best")
     p.add_argument("--compare", nargs="+", metavar="RUN", help="several, side by side on the same records")
     p.add_argument("--data", nargs="+", metavar="NAME[=ROOT]", help="default: what the run was trained on")
-    p.add_argument("--images", nargs="+", metavar="FILE_OR_FOLDER",
-                   help="no task and no table: the cosine of these images with the prompt of each class")
     p.add_argument("--split", choices=[*data.SPLITS, "all"], default="test")
     p.add_argument("--limit", type=positive, help="only the first N records of each data set")
     p.add_argument("--ids", metavar="FILE", help="exactly the images of this list of `data.py protocol`")
     p.add_argument("--classes", nargs="+", metavar="NAME",
                    help='findings to tell apart by prompts, such as COVID-19 "No Finding"; default those of '
-                        "the data, or of --findings in training; with --images those of training")
+                        "--findings in training, or all of the data")
     s = p.add_mutually_exclusive_group()
     s.add_argument("--prompt-set", choices=[*prompts.TEMPLATES, "ensemble"],
                    help="zero-shot prompts; default the trained template; ensemble: all there are")
@@ -1255,11 +1075,9 @@ def build_parser():
     p.add_argument("--fractions", type=number_type(float, 0.001, 100), nargs="+", default=(1, 10, 100),
                    metavar="PERCENT", help="of the training patients, for linear-probe")
     p.add_argument("--repeats", type=positive, default=5, help="draws of each of them but 100")
-    p.add_argument("--out", metavar="FILE", help="results, default RUN/results.json; with --images FILE.csv")
+    p.add_argument("--out", metavar="FILE.json", help="results, default RUN/results.json")
     p.add_argument("--all-metrics", action="store_true", help="print all rows, not the main ones alone")
     p.add_argument("--gallery", metavar="FILE.png", help="draw images and the reports that they retrieve")
-    p.add_argument("--heatmap", metavar="FILE.png", help="draw where images are like their label's prompt")
-    p.add_argument("--features", metavar="FILE.npz", help="write features of images and reports, with ids")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     p.add_argument("--threads", type=number_type(int, 1, 1024), help="on the CPU; default as in training")
     return p
@@ -1267,52 +1085,24 @@ def build_parser():
 
 
 def parse_args(argv=None):
-    """Command line -> Namespace; options that mean nothing beside another one are refused."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    blank = argparse.Namespace(**dict.fromkeys(vars(args)))  # what is not given stays None
-    given = {name for name, value in vars(parser.parse_args(argv, blank)).items() if value is not None}
-    with_images = {"checkpoint", "images", "classes", "prompt_set", "combine", "out", "device", "threads"}
-    of_one_run = {"checkpoint", "gallery", "heatmap", "features"}
-    for mode, useless in (("images", given - with_images), ("compare", given & of_one_run)):
-        if mode in given and useless:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(useless))
-            parser.error(f"--{mode} does not go with {flags}")
+    if args.compare and (args.checkpoint or args.gallery):
+        parser.error("--compare does not go with --checkpoint or --gallery")
+    for file, ending in ((args.out, ".json"), (args.gallery, ".png")):
+        if file and not file.lower().endswith(ending):
+            parser.error(f"{file}: the name of this file has to end in {ending}")
     return args
 
 
 def load_split(args, run, specs, split):
     """The records of a split of these data sets, read as the run read its own."""
-    options = {"views": run.args.views, "uncertain": run.args.uncertain}
-    return data.load_records(specs, split, args.limit, **options)
-
-
-def classes_of(runs, findings):
-    """Those of the findings that all runs had among their --findings; None where no run had any."""
-    chosen = [set(run.args.findings) for run in runs if run.args.findings]
-    if chosen and not set.intersection(*chosen):
-        raise BadInput("the runs were trained on different --findings; name --classes to compare them by")
-    return [name for name in findings if chosen and all(name in each for each in chosen)] or None
-
-
-def run_task(task, args, run, encoded, others):
-    """-> ({metric: Measure}, the options that the task was given)."""
-
-    def training():
-        return data.hold_out(load_split(args, run, run.args.data, "train"), encoded.records)
-
-    given = {**vars(args), "prompt_set": args.prompt_set or run.args.template}
-    given |= {"training": training, "others": others}
-    given["valid"] = partial(others, "valid") if args.all_metrics else None
-    options = {name: given[name] for name in inspect.signature(TASKS[task]).parameters if name in given}
-    told = {k: v for k, v in options.items() if not callable(v) and v is not None}
-    return TASKS[task](run, encoded, **options), told
+    return data.load_records(specs, split, args.limit, views=run.args.views, uncertain=run.args.uncertain)
 
 
 def result_of(task, args, run, encoded, checkpoint, chosen, measures, options):
     """-> (name, entry) of a task for results.json; what can change the result is in the name."""
     labels, reports = records_sha256(encoded.records)
-    with_report = {record.source for record in encoded.records if record.report}
     labelled = int(encoded.present.any(1).sum())
     bar = progress(measures.items(), "intervals", delay=1)
     entry = {
@@ -1323,7 +1113,6 @@ def result_of(task, args, run, encoded, checkpoint, chosen, measures, options):
         "checkpoint": str(checkpoint),
         "counts": {"images": len(encoded.records), "reports": len(encoded.report_rows), "labelled": labelled},
         "fingerprint": {"labels": labels, "reports": reports},
-        "reports": {name: text for name, text in data.REPORTS.items() if name in with_report},
         "seed": run.args.seed,
         "commit": commit(),
         "versions": {m.__name__: m.__version__ for m in (np, torch, torchvision, transformers)},
@@ -1338,26 +1127,24 @@ def result_of(task, args, run, encoded, checkpoint, chosen, measures, options):
     return ", ".join(parts), entry
 
 
-def flags_that_differ(runs):
-    """{option: [value in each run]} of what can change a result, commit included, seed excepted."""
+def settings(run):
+    """{option: value} of what can change a result, commit included, seed excepted."""
     apart = {"out", "resume", "seed", *MACHINE_OPTIONS}
-    names = dict.fromkeys(name for run in runs for name in vars(run.args) if name not in apart)
-    values = {name: [getattr(run.args, name, None) for run in runs] for name in names}
-    return {name: each for name, each in values.items() if any(value != each[0] for value in each)}
+    return {name: value for name, value in vars(run.args).items() if name not in apart and value is not None}
 
 
 def groups_by_flags(runs):
     """[{seed: number of the run}, ...]: runs that differ in the seed alone are one group."""
-    flags, groups = list(flags_that_differ(runs).values()), []
+    groups = []
     for i, run in enumerate(runs):
-        own = [each[i] for each in flags]
-        for of_group, group in groups:
-            if of_group == own and run.args.seed not in group:  # two checkpoints of one run are two groups
+        for group in groups:
+            alike = settings(run) == settings(runs[min(group.values())])
+            if alike and run.args.seed not in group:  # two checkpoints of one run are two groups
                 group[run.args.seed] = i
                 break
         else:
-            groups.append((own, {run.args.seed: i}))
-    return [group for _, group in groups]
+            groups.append({run.args.seed: i})
+    return groups
 
 
 # Student's t at 97.5 %, for the mean of so many seeds; more than ten use the last, which is a little wide
@@ -1366,12 +1153,11 @@ T_OF = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9
 
 def mean_over_seeds(values, sign=""):
     """The mean, and of several values half the width of its 95 % interval -> str, "" for no value."""
-    if not values:
-        return ""
-    if len(values) == 1:
-        return f"{values[0]:{sign}.3f}"
+    mean = f"{np.mean(values):{sign}.3f}" if values else ""
+    if len(values) < 2:
+        return mean
     error = np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{np.mean(values):{sign}.3f} ± {T_OF[min(len(values), 10)] * error:.3f}"
+    return f"{mean} ± {T_OF[min(len(values), 10)] * error:.3f}"
 
 
 def seeds_compared(first, group):
@@ -1390,105 +1176,64 @@ def print_comparison(paths, runs, results, all_metrics):
     results: [{task: {metric: Measure}} of each run]
     """
     groups = groups_by_flags(runs)
-    say("")
+    print()
     for i, group in enumerate(groups, 1):
-        say(f"{i}: {', '.join(str(paths[run]) for run in group.values())}")
-    for name, values in flags_that_differ([runs[min(group.values())] for group in groups]).items():
-        say(f"  --{name.replace('_', '-')}: " + " | ".join(map(str, values)))
+        print(f"{i}: {', '.join(str(paths[run]) for run in group.values())}")
+    flags = [settings(runs[min(group.values())]) for group in groups]
+    for name in dict.fromkeys(name for each in flags for name in each):
+        values = [each.get(name) for each in flags]
+        if any(value != values[0] for value in values):
+            print(f"  --{name.replace('_', '-')}: " + " | ".join(map(str, values)))
     numbers = range(1, len(groups) + 1)
     lines = {"": [f"{i:>18}" for i in numbers] + [f"{f'{i} less 1':>28}" for i in numbers[1:]]}
     for task, measures in results[0].items():
         for metric in rows_shown(task, measures, all_metrics):
             if all(metric in each.get(task, ()) for each in results):
                 of = [{seed: results[i][task][metric] for seed, i in group.items()} for group in groups]
-                means = [mean_over_seeds([each.value for each in group.values()]) for group in of]
-                cells = [f"{mean:>18}" for mean in means]
-                lines[f"{task}  {metric}"] = cells + [
-                    f"{seeds_compared(of[0], group):>28}" for group in of[1:]
-                ]
+                cells = [f"{mean_over_seeds([each.value for each in group.values()]):>18}" for group in of]
+                cells += [f"{seeds_compared(of[0], group):>28}" for group in of[1:]]
+                lines[f"{task}  {metric}"] = cells
     for name, cells in lines.items():
-        say(f"{name:{max(map(len, lines))}}" + "".join(cells))
+        print(f"{name:{max(map(len, lines))}}" + "".join(cells))
 
 
-def image_paths(names):
-    """Files, folders and patterns such as scans/*.png -> paths, of a folder all images in it and below."""
-    paths = []
-    for name in names:
-        found = [name]
-        if Path(name).is_dir():
-            found = sorted(data.image_files(name))
-        elif re.search(r"[*?[]", name) and not Path(name).exists():
-            found = sorted(glob.glob(name, recursive=True))
-        if not found:
-            raise BadInput(f"{name} has no image (.png, .jpg, .jpeg or .dcm)")
-        paths += map(Path, found)
-    return list(dict.fromkeys(paths))
-
-
-@torch.no_grad()
-def score_images(args, run):
-    """Prints, and writes to --out, the cosine of each of --images with the prompts of each class."""
-    paths, classes = image_paths(args.images), args.classes or run.findings
-    texts = encode_findings(run, read_prompts(args.prompt_set or run.args.template, classes)[0])
-    loader = image_loader(run, bare_records(paths), collate_fn=list)
-    blank = torch.zeros(1, run.args.image_size, run.args.image_size, dtype=torch.uint8)
-    rows = [["image", *(f"cosine {name}" for name in classes), "error"]]
-    for items in progress(data.readable(loader), "images", total=len(loader), unit="batch"):
-        images = torch.stack([blank if isinstance(image, BadInput) else image for _, image in items])
-        with run.autocast():
-            features = run.model.encode_image(data.normalise(images.to(run.device)))
-        scores = combined(finite_features([features]), texts, args.combine)
-        for (i, image), own in zip(items, scores, strict=True):
-            bad = isinstance(image, BadInput)
-            cells = [""] * len(classes) if bad else [f"{score:.4f}" for score in own]
-            rows.append([str(paths[i]), *cells, str(image).partition("; repair")[0] if bad else ""])
-    width = max(len(row[0]) for row in rows[:21])
-    say(f"{'cosine with the prompt of':{width}}  {'  '.join(classes)}")
-    for path, *cells, error in rows[1:21]:
-        numbers = (f"{cell:>{len(name)}}" for cell, name in zip(cells, classes, strict=True))
-        say(f"{path:{width}}  {error or '  '.join(numbers)}")
-    if len(rows) > 21:
-        say(f"({len(rows) - 21} more{'' if args.out else '; --out FILE.csv writes all'})")
-    say("A higher cosine is nearer; none is a probability.")
-    if args.out:
-        table = io.StringIO(newline="")
-        csv.writer(table).writerows(rows)
-        with replacing(args.out) as file:
-            file.write(table.getvalue().encode("utf-8", "replace"))
-    if all(row[-1] for row in rows[1:]):
-        raise BadInput("none of the images can be read")
-
-
-def evaluate_run(args, path, run, records, chosen, written):
+def evaluate_run(args, path, out, run, records, chosen):
     """All tasks for one run; each is written, and printed, once it is done -> Encoded, {task: Measures}."""
     data.check_images(records, run.args.image_size)
     limit = f", first {args.limit}" if args.limit else ""
-    say(f"{path}, {chosen} of {', '.join(args.data)}{limit}, {len(records)} images")
+    print(f"{path}, {chosen} of {', '.join(args.data)}{limit}, {len(records)} images")
     if args.ids and data.ids_sha256(data.read_ids(args.ids)) not in run.args.held_out:
-        say(f"note: {path} did not hold out the patients of {args.ids}; it may have seen these images")
+        print(f"note: {path} did not hold out the patients of {args.ids}; it may have seen these images")
     new = [name for name in args.classes or data.vocabulary(records) if name not in run.findings]
     if new:
-        say(f"note: training of {path} had no label {', '.join(new)}")
-    encoded, results, out = encode(run, records), {}, args.out or path.parent / "results.json"
+        print(f"note: training of {path} had no label {', '.join(new)}")
+    encoded, results = encode(run, records), {}
 
     @functools.cache
     def others(split):
         return encode(run, of_other_patients(load_split(args, run, args.data, split), records, split))
 
+    def training():
+        return data.hold_out(load_split(args, run, run.args.data, "train"), records)
+
+    given = {**vars(args), "prompt_set": args.prompt_set or run.args.template}
+    given |= {"training": training, "others": others}
+    given["valid"] = partial(others, "valid") if args.all_metrics else None
     tasks = list(TASKS) if "all" in args.task else list(dict.fromkeys(args.task))
     for task in tasks:
+        options = {name: given[name] for name in inspect.signature(TASKS[task]).parameters if name in given}
         try:
-            measures, options = run_task(task, args, run, encoded, others)
+            results[task] = TASKS[task](run, encoded, **options)
         except Lacking as error:
             if len(tasks) == 1:
                 raise
-            say(f"{task} is left out: {error}")
+            print(f"{task} is left out: {error}")
             continue
-        name, entry = result_of(task, args, run, encoded, path, chosen, measures, options)
-        with replacing(out) as file:
-            file.write((json.dumps(read_results(out) | {name: entry}, indent=1) + "\n").encode())
-        written[str(out)] = None
-        results[task] = measures
+        told = {name: value for name, value in options.items() if value is not None and not callable(value)}
+        name, entry = result_of(task, args, run, encoded, path, chosen, results[task], told)
+        entries = read_results(out) | {name: entry}
+        with data.replacing(out) as file:
+            file.write(json.dumps(entries, indent=1) + "\n")
         if not args.compare:
             print_table(task, entry["metrics"], args.all_metrics)
     if not results:
@@ -1496,73 +1241,55 @@ def evaluate_run(args, path, run, records, chosen, written):
     return encoded, results
 
 
-def evaluate(args, written):
-    """Does what the options ask for. `written` gets the names of the files, as keys."""
+def evaluate(args):
+    """The tasks for each run, on the same records; then the comparison, or the gallery of the one run."""
     paths = [run_file(path) for path in args.compare or [args.checkpoint or newest_checkpoint()]]
-    files = {args.features: ".npz", args.gallery: ".png", args.heatmap: ".png"}
-    if args.images or args.out:
-        files[args.out] = ".csv" if args.images else ".json"
-    else:
-        files |= dict.fromkeys((path.parent / "results.json" for path in paths), ".json")
-    files.pop(None, None)
-    for file, ending in files.items():
-        check_output(file, ending)
+    outs = [args.out or path.parent / "results.json" for path in paths]
+    for out in outs:
+        read_results(out)  # what is no file of results is refused before anything is computed
     runs = [load_run(path) for path in paths]
     torch.set_num_threads(args.threads or min(runs[0].args.threads, torch.get_num_threads()))
     for run in runs:
         run.args.device = args.device
         run.model.to(resolve_machine(run.args))
-    if args.images:
-        score_images(args, runs[0])
-    else:
-        evaluate_runs(args, paths, runs, written)
-    written |= dict.fromkeys(map(str, files))
-    if written:
-        say(f"\nwritten: {', '.join(written)}")
-
-
-def evaluate_runs(args, paths, runs, written):
-    """The tasks for each run, on the same records; then, of one run, features and pictures."""
     args.data = args.data or runs[0].args.data
     if args.ids:
         records = data.listed_records(args.data, data.read_ids(args.ids), runs[0].args.uncertain)
         records, chosen = records[: args.limit], f"list {args.ids}"
     else:
         records, chosen = load_split(args, runs[0], args.data, args.split), f"{args.split} split"
-    args.classes = args.classes or classes_of(runs, data.vocabulary(records))
-    measures = []
-    for path, run in zip(paths, runs, strict=True):
-        encoded, found = evaluate_run(args, path, run, records, chosen, written)
-        measures.append(found)
-    if args.features:
-        write_features(encoded, args.features)
+    trained = runs[0].args.findings or ()
+    args.classes = args.classes or [name for name in data.vocabulary(records) if name in trained] or None
+    results = []
+    for path, out, run in zip(paths, outs, runs, strict=True):
+        encoded, measures = evaluate_run(args, path, out, run, records, chosen)
+        results.append(measures)
+    if args.compare:
+        print_comparison(paths, runs, results, args.all_metrics)
     if args.gallery:
         gallery(run, encoded, args.gallery)
-    if args.heatmap:
-        heatmap(run, encoded, args.heatmap, args.prompt_set, args.classes)
-    if args.compare:
-        print_comparison(paths, runs, measures, args.all_metrics)
+    files = dict.fromkeys(map(str, outs + [args.gallery] * bool(args.gallery)))
+    print(f"\nwritten: {', '.join(files)}")
 
 
 def main(argv=None):
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal without ± shows a question mark
-    written = {}
+        if hasattr(stream, "reconfigure"):  # a terminal without ± shows a question mark
+            stream.reconfigure(errors="replace", line_buffering=True)
     try:
-        evaluate(parse_args(argv), written)
+        evaluate(parse_args(argv))
         return 0
-    except (BadInput, OSError) as error:  # OSError: a folder that cannot be read or written
-        status, sentence = 2, error
-    except (RuntimeError, MemoryError) as error:  # torch has no class of its own for either
-        if not isinstance(error, MemoryError) and not re.search("DataLoader|memory", str(error)):
-            raise
-        status, sentence = 2, f"it failed, maybe for want of memory: {error}"
     except KeyboardInterrupt:
-        kept = f"{', '.join(written)} keeps what was done" if written else "nothing was written yet"
-        status, sentence = 130, f"stopped by Ctrl-C; {kept}"
+        print("evaluate.py: stopped by Ctrl-C; the results of finished tasks are written", file=sys.stderr)
+        return 130
+    except (BadInput, OSError) as error:  # OSError: a folder that cannot be read or written
+        sentence = error
+    except (RuntimeError, MemoryError) as error:  # torch has no class of its own for a lack of memory
+        if "memory" not in repr(error).lower():
+            raise
+        sentence = f"the memory is exhausted ({error})"
     print(f"evaluate.py: {sentence}", file=sys.stderr)
-    return status
+    return 2
 
 
 if __name__ == "__main__":

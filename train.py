@@ -2,11 +2,9 @@
 
     python train.py                                             phantoms, minutes on two cores
     python train.py --no-continuous-prompt                      one flag for each ablation
-    python train.py --data medpix2=FOLDER --preset small        real images, small towers from scratch
-    python train.py --data nih-chestxray14=FOLDER covid-chestxray=FOLDER
-                                                                Swin-T and Bio_ClinicalBERT
+    python train.py --data csv=FILE --preset small              real images, small towers from scratch
+    python train.py --data chexpert=FOLDER mimic-cxr=FOLDER     Swin-T and Bio_ClinicalBERT
     python train.py --resume RUN                                goes on where a run was stopped or broke
-    python train.py --init RUN --data csv=FILE                  starts from its weights, on other data
     torchrun --nproc-per-node=4 train.py                        four GPUs; the batch stays what it was
 
 A run leaves RUN/log.jsonl (one JSON object a line), RUN/last.pt, RUN/best.pt and RUN/config.json.
@@ -14,7 +12,6 @@ A run leaves RUN/log.jsonl (one JSON object a line), RUN/last.pt, RUN/best.pt an
 
 import argparse
 import contextlib
-import fcntl
 import functools
 import hashlib
 import itertools
@@ -24,6 +21,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import time
 import zlib
 from dataclasses import dataclass, fields, replace
@@ -32,7 +30,6 @@ from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # before torch is imported; see data.py
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from huggingface_hub import HfApi, try_to_load_from_cache
@@ -46,14 +43,11 @@ import data
 import evaluate
 import prompts
 from data import ArgumentParser, BadInput, number_type
-from evaluate import MACHINE_OPTIONS, MODEL_OPTIONS, Run, build_model, read_checkpoint, wrap_tokenizer
+from evaluate import MACHINE_OPTIONS, Run, build_model, read_checkpoint, wrap_tokenizer
 from umcl import MAX_LOGIT_SCALE, contrastive_loss, label_mask, load_swin_weights
 
 SMALL_BERT = "small"  # --text-model: a BERT trained from scratch, with a vocabulary of its own
-MAX_SKIPPED = 3  # steps in a row whose loss or gradient is not finite, before a run gives up
-MAX_IDLE = 100  # steps in a row whose loss and gradient are exactly 0
-STEP_TIMEOUT = timedelta(minutes=20)  # of another process in a step; longer than for a batch
-VALIDATION_TIMEOUT = timedelta(hours=12)  # the others wait while the first validates
+TIMEOUT = timedelta(hours=2)  # of a process that does not answer; the others wait while the first validates
 STOP_SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "a closed terminal"}
 # fmt: off
 PRESETS = {  # REPRODUCE.md compares the values of "paper" with those of the family; all are ours
@@ -70,13 +64,6 @@ PRESETS = {  # REPRODUCE.md compares the values of "paper" with those of the fam
         threads=torch.get_num_threads(),
     ),
 }
-
-
-def template(text):
-    if text in prompts.TEMPLATES or "{}" in text:
-        return text
-    known = ", ".join(prompts.TEMPLATES)
-    raise argparse.ArgumentTypeError(f"{text!r} is none of {known} and has no {{}} in it")
 
 
 def build_parser():
@@ -98,15 +85,14 @@ def build_parser():
     add("--hold-out-data", nargs="+", default=[], metavar="NAME=ROOT",
         help="further data sets in which listed images are; nothing else is read of them")
     add("--preset", choices=PRESETS, help="without it small for phantoms, paper for other data")
-    add("--out", help="folder of the run; default runs/umcl and the flags that differ")
+    add("--out", help="folder of the run; default runs/umcl and the flags that are given")
     add("--resume", metavar="RUN", help="go on with a run; only options of the machine may change")
-    add("--init", metavar="RUN", help="start from the best weights of another run, on other data or findings")
     add("--seed", type=number_type(int, 0, 2**63 - 1), default=0)
 
     add = p.add_argument_group("ablations").add_argument
     add("--continuous-prompt", action=on_off, default=True, help="off: the template alone")
     add("--prompt-length", type=natural, default=32, help="paper: 16 and 64 are worse than in between")
-    add("--template", type=template, default="caption",
+    add("--template", default="caption",
         help=f"around the finding: {', '.join(prompts.TEMPLATES)}, or a text of yours with {{}}")
     add("--label-mask", choices=("both", "reports", "prompts", "identical", "none"), default="both",
         help="texts that labels take out of the negatives; identical: equal texts alone; none: CLIP's loss")
@@ -114,7 +100,6 @@ def build_parser():
     add("--image-text", action=on_off, default=True, help="off: no report is read")
     add("--image-label", action=on_off, default=True, help="off: no label prompt is made")
     add("--prompt-weight", type=number_type(float, 0), default=1.0, help="lambda of the prompts' loss (ours)")
-    add("--label-noise", type=share, default=0.0, help="share of labelled images with the labels of others")
 
     add = p.add_argument_group("model").add_argument
     add("--image-size", type=size, help="pixels a side; more helps fine findings and costs squared")
@@ -154,23 +139,23 @@ def build_parser():
 
 def parse_args(argv=None):
     """Command line -> Namespace with every option resolved, `out` among them."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = build_parser()
     first = parser.parse_args(argv)
     if first.resume is not None:
         return resumed_args(parser, argv, first.resume)
-    old = read_checkpoint(evaluate.run_file(first.init))["args"] if first.init is not None else {}
     phantoms_only = all(spec.partition("=")[0] == "phantom" for spec in first.data)
-    preset = first.preset or old.get("preset") or ("small" if phantoms_only else "paper")
-    kept = {name: old[name] for name in MODEL_OPTIONS if name in old}
-    parser.set_defaults(preset=preset, **PRESETS[preset] | kept)
+    preset = first.preset or ("small" if phantoms_only else "paper")
+    parser.set_defaults(preset=preset, **PRESETS[preset])
     args = parser.parse_args(argv)
-    if flags := changed_flags(args, kept):
-        raise BadInput(f"{flags} would need other weights than those of --init {args.init}")
+    if args.template not in prompts.TEMPLATES and "{}" not in args.template:
+        known = ", ".join(prompts.TEMPLATES)
+        parser.error(f"--template {args.template!r} is none of {known} and has no {{}} in it")
     if args.hold_out_data and not args.hold_out:
         raise BadInput("--hold-out-data says where the images of --hold-out are; name their list")
     if args.out is None:
-        args.out = run_folder(parser, args)
-    elif holds_a_run(args.out):
+        args.out = "runs/" + re.sub(r"[^A-Za-z0-9.]+", "-", " ".join(["umcl", *argv]))[:100].strip("-")
+    if any(Path(args.out, name).exists() for name in ("last.pt", "best.pt", "log.jsonl")):
         way_out = f"give another --out, or go on with --resume {args.out}"
         raise BadInput(f"{args.out} already holds a run; {way_out}")
     args.commit = evaluate.commit()
@@ -183,56 +168,11 @@ def resumed_args(parser, argv, folder):
     new = {"device": "auto", "resume": folder, "out": folder}
     saved = vars(parser.parse_args([])) | read_checkpoint(Path(folder, "last.pt"))["args"] | new
     args = parser.parse_args(argv, argparse.Namespace(**saved))  # what is not given stays as it was saved
-    if flags := changed_flags(args, {k: v for k, v in saved.items() if k not in MACHINE_OPTIONS}):
-        raise BadInput(
-            f"{flags} would alter the result of {folder}; a run is resumed with its own options, "
-            f"--init {folder} starts another from its weights"
-        )
-    commits = saved["commit"].split(" then ")
-    if evaluate.commit() not in commits:
-        args.commit = " then ".join([*commits, evaluate.commit()])
-        print_once(f"the program has changed since this run was begun: {args.commit}")
+    fixed = {name: value for name, value in saved.items() if name not in MACHINE_OPTIONS}
+    changed = [f"--{name.replace('_', '-')}" for name, value in fixed.items() if getattr(args, name) != value]
+    if changed:
+        raise BadInput(f"{', '.join(changed)} would alter the result of {folder}; start a new run for that")
     return args
-
-
-def changed_flags(args, saved):
-    """The flags of those options that are not as they were saved -> str."""
-    changed = [name for name, value in saved.items() if getattr(args, name) != value]
-    return ", ".join(f"--{name.replace('_', '-')}" for name in changed)
-
-
-def holds_a_run(folder):
-    return any(Path(folder, name).exists() for name in ("last.pt", "best.pt", "log.jsonl"))
-
-
-def run_folder(parser, args):
-    """runs/umcl and the flags that change the result, with a number behind it if that folder holds a run."""
-    parts = ["umcl"]
-    if args.data != parser.get_default("data"):
-        parts += [spec.partition("=")[0] for spec in args.data]
-    for name, value in vars(args).items():
-        if name in ("data", "preset", "out", *MACHINE_OPTIONS) or value == parser.get_default(name):
-            continue
-        flag = name.replace("_", "-")
-        value = re.sub(r"[^\s,'\[\]]*/(?=[^/])", "", str(value))  # of a path its last part
-        text = {"True": flag, "False": f"no-{flag}"}.get(value, f"{flag}-{value}")
-        parts.append(re.sub(r"[^\w.]+", "-", text).strip("-"))
-    folder = str(Path("runs", "-".join(parts)[:200]))  # file systems take names of up to 255 bytes
-    folders = itertools.chain([folder], (f"{folder}-{n}" for n in itertools.count(2)))
-    return next(folder for folder in folders if not holds_a_run(folder))
-
-
-def print_options(args):
-    """What differs from the preset, on the screen."""
-    parser = build_parser()
-    parser.set_defaults(**PRESETS[args.preset])
-    machine = f"{args.device}, {args.precision}, {args.threads} threads, {processes()} processes"
-    print_once(f"commit {args.commit}, torch {torch.__version__}, {machine}")
-    print_once(f"preset {args.preset}; what differs from it (all options are in {args.out}/config.json):")
-    for name, value in vars(args).items():
-        told = name in ("preset", "device", "precision", "commit", "held_out")
-        if value != parser.get_default(name) and not told:
-            print_once(f"  {name.replace('_', '-'):18} {value}")
 
 
 # --------------------------------------------------------------------------------------------------- model
@@ -256,30 +196,12 @@ def learn_tokenizer(texts, size=2000):
     return BertWordPieceTokenizer({name: i for i, name in enumerate(dict.fromkeys(names))}, lowercase=True)
 
 
-def short(error):
-    """What an error of a library says, in one line."""
-    return " ".join(str(error).split())[:300]
-
-
-@contextlib.contextmanager
-def using(what, way_out):
-    """Turns whatever a library cannot read into a BadInput; it has no one error for that."""
-    try:
-        yield
-    except Exception as error:
-        raise BadInput(f"{what} cannot be used ({short(error)}); {way_out}") from error
-
-
-def load_text_model(name, texts=()):
+def load_text_model(name):
     """A pre-trained BERT by hub name or folder -> (BertModel without pooling layer, tokenizer).
 
-    Refuses one that lacks weights, or whose tokenizer is another model's or does not know the texts.
+    Refuses one that lacks weights, or whose tokenizer is another model's.
     """
-    way_out = (
-        f"where there is a connection, `hf download {name} --local-dir FOLDER` gets one for --text-model "
-        "FOLDER, a BERT and its tokenizer as save_pretrained writes them; --preset small needs none"
-    )
-    with using(f"the text model {name}", way_out):
+    try:
         local = Path(name).is_dir() or isinstance(try_to_load_from_cache(name, "config.json"), str)
         if not local:
             HfApi().model_info(name, timeout=3)  # from_pretrained would try for a minute
@@ -293,17 +215,16 @@ def load_text_model(name, texts=()):
         pieces, embeddings = len(tokenizer), bert.config.vocab_size
         if tokenizer.pad_token_id is None or not embeddings / 2 <= pieces <= embeddings:
             raise ValueError(f"its tokenizer, of {pieces} pieces, is not that of its {embeddings} embeddings")
-        found = [tokenizer.tokenize(text) for text in texts[:: len(texts) // 200 + 1]]
-        found = list(itertools.chain(*found))
-        if found.count(tokenizer.unk_token) > len(found) / 2:
-            raise ValueError("its tokenizer knows less than half of the words here")
+    except Exception as error:  # the library has no one error for what it cannot read
+        raise BadInput(
+            f"the text model {name} cannot be used; --text-model FOLDER takes a BERT and its tokenizer as "
+            f"save_pretrained or `hf download` writes them, --preset small needs none ({error})"
+        ) from error
     return bert, tokenizer
 
 
-def build_text(args, texts):
-    """The text tower's parts -> (BertModel, tokenizer). A small one learns its vocabulary from texts."""
-    if args.text_model != SMALL_BERT:
-        return load_text_model(args.text_model, texts)
+def small_text_model(args, texts):
+    """A BERT to train from scratch, with a vocabulary learned from texts -> (BertModel, tokenizer)."""
     tokenizer = wrap_tokenizer(learn_tokenizer(texts).to_str())
     sizes = dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512)
     sizes |= {"vocab_size": len(tokenizer), "max_position_embeddings": args.max_length + args.prompt_length}
@@ -313,7 +234,7 @@ def build_text(args, texts):
 
 def load_image_weights(swin, file):
     """Puts pre-trained Swin weights from a .pt, .pth or .safetensors file into a SwinTransformer."""
-    with using(f"--image-weights {file}", "it takes a Swin of the same sizes"):
+    try:
         safetensors = file.endswith(".safetensors")
         weights = load_file(file) if safetensors else torch.load(file, map_location="cpu", weights_only=True)
         for key in ("model", "state_dict"):  # Microsoft's files, and others, wrap the weights
@@ -321,16 +242,8 @@ def load_image_weights(swin, file):
         load_swin_weights(swin, weights)
         if not evaluate.finite(swin):
             raise ValueError("they are not finite")
-
-
-def check_options(args):
-    """Refuses sizes, files of weights and a text model before any data is read."""
-    with torch.random.fork_rng(devices=[]):
-        swin = evaluate.build_image_encoder(args)
-        if args.image_weights:
-            load_image_weights(swin, args.image_weights)
-        if args.text_model != SMALL_BERT and args.init is None and args.resume is None:
-            load_text_model(args.text_model)
+    except Exception as error:  # neither library has one error for what it cannot read
+        raise BadInput(f"--image-weights {file} is no Swin of these sizes ({error})") from error
 
 
 # ----------------------------------------------------------------------------------------------- processes
@@ -351,17 +264,12 @@ def print_once(sentence):
 
 
 def join_processes(device):
-    """Under torchrun: the process group. Also beside GPUs, what lies on the CPU goes over gloo.
-
-    Returns a group for the long wait while the first process validates; None of one process.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=STEP_TIMEOUT)
-    return dist.new_group(backend="gloo", timeout=VALIDATION_TIMEOUT)
+    """Under torchrun: the process group. Also beside GPUs, what lies on the CPU goes over gloo."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT)
 
 
 def from_all_ranks(value):
@@ -504,21 +412,15 @@ def backward(run, batch, model, seed):
 
 
 def training_step(run, batch, model, optimizer, lr, seed):
-    """One step, from a batch to new weights; left out where loss or gradient is not finite.
-
-    Returns loss, gradient norm, and 1 if the step was left out, else 0, each () float; the loss's parts.
-    """
+    """One step, from a batch to new weights -> loss and gradient norm, each () float; the loss's parts."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad()
     loss, parts = backward(run, batch, model, seed)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.args.clip)
-    # This flag, which gradient scalers set, makes a fused optimizer leave out a step without a wait for it.
-    skipped = optimizer.found_inf = (~torch.isfinite(loss + norm)).float()
-    if optimizer.defaults["fused"] or not skipped:
-        optimizer.step()
+    optimizer.step()
     run.model.log_scale.data.clamp_(max=math.log(0.999 * MAX_LOGIT_SCALE))  # at it, no gradient
-    return loss, norm, skipped, parts
+    return loss, norm, parts
 
 
 # ---------------------------------------------------------------------------------------- records and batches
@@ -532,9 +434,8 @@ def load_splits(args):
     if args.hold_out:
         found = [*read.values(), data.read_records(args.hold_out_data, "all")]
         known = itertools.chain(*(records for each in found for records in each.values()))
-        specs = [*args.data, *args.hold_out_data]
         ids = [id for file in args.hold_out for id in data.read_ids(file)]
-        listed = data.pick_listed([*known, *data.left_out(specs)], ids, " and ".join(specs))
+        listed = data.pick_listed([*known], ids, " and ".join([*args.data, *args.hold_out_data]))
     for split in data.SPLITS[:2]:
         records = data.usable(read[split], split, args.limit, views=args.views, uncertain=args.uncertain)
         data.check_images(records, args.image_size)
@@ -550,7 +451,7 @@ def load_splits(args):
 def without_listed(splits, listed, workers):
     """Splits without the patients of the listed images and near copies of these; says how many images go."""
     others = [data.hold_out(records, listed) for records in splits]
-    copies = set(data.near_copies(list(itertools.chain(*others)), listed, workers))
+    copies = set(data.near_copies([*itertools.chain(*others)], listed, workers))
     kept = [[record for record in records if record not in copies] for records in others]
     for split, *parts in zip(data.SPLITS[:2], splits, others, kept, strict=True):
         whole, by_patient, left = map(len, parts)
@@ -559,36 +460,17 @@ def without_listed(splits, listed, workers):
     return kept
 
 
-def mislabelled(records, noise, seed):
-    """Records of which a share of the labelled ones, drawn by the seed, gets the labels of another one."""
-    rng, records = np.random.default_rng(seed_for(seed, "labels")), list(records)
-    rows = [row for row, record in enumerate(records) if record.findings]
-    wrong, others = rng.random(len(rows)) < noise, rng.integers(len(rows), size=len(rows))
-    given = [records[rows[other]] for other in others]
-    for row, other in itertools.compress(zip(rows, given, strict=True), wrong):
-        records[row] = replace(records[row], findings=other.findings, absent=other.absent)
-    return records
-
-
 def training_records(args, records):
     """Those of the records that the chosen losses can use; says how many they cannot."""
-    if args.label_noise:
-        records = mislabelled(records, args.label_noise, args.seed)
     if not args.image_text:
         records = [replace(record, report=None) for record in records]
     reports = torch.tensor([record.report is not None for record in records], dtype=torch.bool)
     present, absent = data.label_matrices(records, data.vocabulary(records) if args.image_label else [])
     if not reports.any() and not (present.any(0) & absent.any(0)).any():
-        raise BadInput(
-            "no training record is left to learn from: none has a report that this run uses, and no finding "
-            "that it uses is present in one image and absent in another"
-        )
+        raise BadInput("no training record is left: none has a report to use, and no finding tells two apart")
     kept = list(itertools.compress(records, (reports | (present | absent).any(1)).tolist()))
     numbers = f"{reports.sum():,} with a report and {present.any(1).sum():,} with a finding"
-    print_once(f"{len(kept):,} training images, {numbers}")
-    if len(kept) < len(records):
-        left_out = f"{len(records) - len(kept):,} of {len(records):,} images left out"
-        print_once(f"{left_out}: they have no report or label that this run uses")
+    print_once(f"{len(kept):,} of {len(records):,} training images have something to learn from: {numbers}")
     return kept
 
 
@@ -619,8 +501,7 @@ class Batches(torch.utils.data.Dataset):
     def rows(self, step):
         """The epoch of a step, and the images that this process takes of it."""
         epoch, place = divmod(step, steps_per_epoch(self.size, self.images))
-        order = shuffled(len(self.images), self.seed, epoch)
-        batch = order[place * self.size : (place + 1) * self.size]
+        batch = shuffled(len(self.images), self.seed, epoch)[place * self.size : (place + 1) * self.size]
         return epoch, batch[self.share].tolist()
 
     def __getitem__(self, step):
@@ -659,26 +540,21 @@ def training_loader(run, records, steps):
 
 
 def new_run(args, records):
-    """An untrained model for these records, or with --init a trained one, on its device -> Run."""
+    """An untrained model for these records, on its device -> Run."""
     findings = data.vocabulary(records)
     # Without label prompts nothing trains the vectors, and random ones would only disturb zero-shot.
     trained = args.continuous_prompt and args.image_label and args.prompt_weight > 0 and findings
-    length = args.prompt_length if trained else 0
-    if args.init is not None:
-        model, tokenizer, _, _ = evaluate.load_run(args.init)
-        if length == 0:
-            model.prompt = None
-        elif model.prompt is None:
-            model.prompt = prompts.ContinuousPrompt(length, model.text_encoder.num_features)
-    else:
+    if args.text_model == SMALL_BERT:
         texts = [record.report for record in records if record.report is not None]
         texts += itertools.chain(*prompts.prompt_set(findings, "ensemble").values())
         if args.template not in prompts.TEMPLATES:
             texts += [prompts.label_prompt(finding, args.template) for finding in findings]
-        bert, tokenizer = build_text(args, texts)
-        model = build_model(args, bert, length)
-        if args.image_weights:
-            load_image_weights(model.image_encoder, args.image_weights)
+        bert, tokenizer = small_text_model(args, texts)
+    else:
+        bert, tokenizer = load_text_model(args.text_model)
+    model = build_model(args, bert, args.prompt_length if trained else 0)
+    if args.image_weights:
+        load_image_weights(model.image_encoder, args.image_weights)
     return Run(model.to(args.device), tokenizer, findings, args)
 
 
@@ -686,7 +562,7 @@ def training_sha256(records):
     """Of all that is known of the records and of the sizes of their images, in order -> str."""
     digest = hashlib.sha256()
     for r in records:
-        image = r.image.tobytes() if isinstance(r.image, np.ndarray) else str(r.image.stat().st_size).encode()
+        image = str(r.image.stat().st_size).encode() if isinstance(r.image, Path) else r.image.tobytes()
         digest.update(image + repr((r.id, r.report, sorted(r.findings), sorted(r.absent))).encode())
     return digest.hexdigest()
 
@@ -703,26 +579,8 @@ class Progress:
     validated: int = 0  # the last epoch that was scored on the validation split
     best: float = -1.0  # the highest sum of validation scores
     seconds: float = 0.0
-    skipped: int = 0  # steps left out because loss or gradient was not finite
-    skipped_in_a_row: int = 0
-    idle_in_a_row: int = 0  # steps whose loss and gradient were exactly 0
     records: str = ""  # SHA-256 of what is trained on, in order
     log_size: int = 0  # bytes of log.jsonl
-
-    def count(self, steps):
-        """Takes in steps, [(loss, gradient norm, left out), ...] -> why the run cannot go on, or None."""
-        fault = None
-        for loss, norm, skipped in steps:
-            self.skipped += int(skipped)
-            self.skipped_in_a_row = (self.skipped_in_a_row + 1) * int(skipped)
-            self.idle_in_a_row = (self.idle_in_a_row + 1) * (loss == norm == 0)
-            if self.skipped_in_a_row >= MAX_SKIPPED:
-                fault = f"not finite in {MAX_SKIPPED} steps in a row; try a lower --lr, or --precision fp32"
-            elif self.idle_in_a_row >= MAX_IDLE:
-                fault = (
-                    f"exactly 0 in the last {MAX_IDLE} steps: no image has a negative, see data.py summary"
-                )
-        return fault
 
 
 def begin(args, records):
@@ -731,14 +589,16 @@ def begin(args, records):
     run = evaluate.run_from_checkpoint(state, args.device) if state else new_run(args, records)
     groups = parameter_groups(run.model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=run.device.type != "mps")
-    progress = Progress(records=training_sha256(records))
+    known = training_sha256(records)
+    progress = Progress(records=known)
     if state:
-        own = progress.records
         with evaluate.refusing(state["path"]):
             progress = Progress(*(state["progress"][field.name] for field in fields(Progress)))
             optimizer.load_state_dict(state["optimizer"])
-        if progress.records != own:
+        if progress.records != known:
             raise BadInput(f"the data have changed since {args.resume} was begun; it cannot go on with them")
+        if args.commit != evaluate.commit():
+            print_once(f"the program has changed since commit {args.commit}, with which this run was begun")
     return run._replace(args=args), optimizer, progress
 
 
@@ -748,9 +608,8 @@ def signals_noted():
     noted = []
 
     def note(number, _frame):
-        if number == signal.SIGINT in noted:
-            raise KeyboardInterrupt
         noted.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
     try:
@@ -775,26 +634,18 @@ def measures(run, loss, norm, parts):
 
 
 class Recorder:
-    """What a run leaves in its folder, and its progress bar; the first process has it.
-
-    log.jsonl is locked for as long as it is open: one process trains in a folder.
-    """
+    """What a run leaves in its folder, and its progress bar; the first process has it."""
 
     def __init__(self, run, optimizer, progress, valid, steps, per_epoch):
         self.run, self.optimizer, self.progress, self.valid = run, optimizer, progress, valid
-        self.per_epoch, self.out, self.recent = per_epoch, Path(run.args.out), []
+        self.per_epoch, self.out, self.finite = per_epoch, Path(run.args.out), True
         self.out.mkdir(parents=True, exist_ok=True)
         self.log = open(self.out / "log.jsonl", "a")
-        try:
-            fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BadInput(f"another process trains in {self.out}; wait, or give another --out") from error
         self.log.truncate(min(progress.log_size, self.log.tell()))  # what was written after the last save
         config = {**vars(run.args), "processes": processes(), "torch": torch.__version__}
         (self.out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         self.bar = tqdm(total=steps, initial=progress.step, unit="step", mininterval=1)
         self.started = time.time() - progress.seconds
-        self.since = progress.step, time.time()  # the step of the last line or validation, and when it ended
         if progress.step == 0:
             self.save()  # a full disk shows before the first step
         elif progress.step % per_epoch == 0 and progress.validated < progress.epoch:
@@ -808,6 +659,7 @@ class Recorder:
 
     def save(self):
         """last.pt. At an epoch's end that is before its validation, so a resumed run validates again."""
+        self.refuse_what_is_not_finite()
         os.fsync(self.log.fileno())
         self.progress.seconds, self.progress.log_size = time.time() - self.started, self.log.tell()
         moments = self.optimizer.state_dict()
@@ -825,30 +677,27 @@ class Recorder:
             evaluate.save_checkpoint(self.out / "best.pt", self.run, where | scores)
         told = [f"{name} {value:.3f}" for name, value in scores.items()] or ["nothing to validate by"]
         self.bar.write(f"epoch {progress.epoch}: {', '.join(told)}")
-        self.since = progress.step, time.time()
 
-    def record(self, step, lr, loss, norm, skipped, parts):
+    def refuse_what_is_not_finite(self):
+        """Ends the run before it saves weights that a broken step has made."""
+        if not self.finite:
+            where = f"by step {self.progress.step}; {self.out}/last.pt is as it was saved before"
+            raise BadInput(f"loss or gradient was not finite {where}; try a lower --lr, or --precision fp32")
+
+    def record(self, step, lr, loss, norm, parts):
         """Takes in a step; logs, saves and validates when it is time."""
         progress, args = self.progress, self.run.args
         progress.step, progress.epoch = step, math.ceil(step / self.per_epoch)
-        self.recent.append(torch.stack([loss, norm, skipped]))
+        self.finite &= (loss + norm).isfinite()  # stays on the device: to look at it is to wait for the step
         self.bar.update()
         epoch_ends = step % self.per_epoch == 0
-        log_now, save_now = (epoch_ends or step % n == 0 for n in (args.log_every, args.save_every))
-        if not log_now and not save_now:
-            return
-        fault, self.recent = progress.count(torch.stack(self.recent).tolist()), []
-        if log_now:
-            (step_before, before), now = self.since, time.time()
-            line = {"step": step, "epoch": progress.epoch, "lr": lr, "seconds": round(now - self.started, 2)}
-            line["images_per_second"] = args.batch_size * (step - step_before) / (now - before)
-            line |= measures(self.run, loss, norm, parts) | {"skipped": progress.skipped}
-            self.write(line)
+        if epoch_ends or step % args.log_every == 0:
+            seconds = round(time.time() - self.started, 2)
+            line = measures(self.run, loss, norm, parts)
+            self.write({"step": step, "epoch": progress.epoch, "lr": lr, "seconds": seconds} | line)
             self.bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
-            self.since = step, now
-        if fault:
-            raise BadInput(f"loss or gradient was {fault}; {self.out}/last.pt is as it was saved before")
-        if save_now:
+            self.refuse_what_is_not_finite()
+        if epoch_ends or step % args.save_every == 0:
             self.save()
         if epoch_ends:
             self.validate()
@@ -863,29 +712,29 @@ def train(args):
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     device = evaluate.resolve_machine(args)
-    slow_group = join_processes(device)
-    check_options(args)
-    print_options(args)
+    join_processes(device)
+    machine = f"{args.device}, {args.precision}, {args.threads} threads, {processes()} processes"
+    print_once(f"commit {evaluate.commit()}, torch {torch.__version__}, {machine}")
+    print_once(f"preset {args.preset}; {args.out}/config.json has all options")
     records, valid = load_splits(args)
     records = training_records(args, records)
     run, optimizer, progress = begin(args, records)
     print_once(f"{len(valid):,} images to validate, {len(run.findings)} findings")
-    model = run.model.train()
-    if processes() > 1:
-        model = DistributedDataParallel(model)
+    run.model.train()
+    model = DistributedDataParallel(run.model) if processes() > 1 else run.model
     per_epoch = steps_per_epoch(args.batch_size, records)
     steps, done, stop = args.epochs * per_epoch, progress.step, 0
     if done == steps and progress.validated == args.epochs:
-        print_once(f"{args.out} is finished; --init {args.out} starts another run from its weights")
+        print_once(f"{args.out} is finished; another --out starts a new run")
         return 0
     warmup = math.ceil(args.warmup * steps)
     loader = training_loader(run, records, range(done, steps))
     recorder = Recorder(run, optimizer, progress, valid, steps, per_epoch) if rank() == 0 else None
-    if slow_group:  # a resumed run may have an epoch to validate
-        dist.barrier(slow_group)
 
     with signals_noted() as noted, contextlib.closing(recorder) if recorder else contextlib.nullcontext():
         for step, batch in enumerate(data.readable(loader), done + 1):
+            if processes() > 1 and (step - 1) % per_epoch == 0:
+                dist.barrier()  # until the first has validated
             if processes() == 1 or step % args.log_every == 0:
                 stop = max(sum(from_all_ranks(noted), []), default=0)
             if stop:
@@ -894,8 +743,6 @@ def train(args):
             result = training_step(run, data.to_device(batch, device), model, optimizer, lr, seed)
             if recorder:
                 recorder.record(step, lr, *result)
-            if slow_group and step % per_epoch == 0:  # the others wait while the first validates
-                dist.barrier(slow_group)
         if recorder:
             recorder.save()
 
@@ -905,6 +752,7 @@ def train(args):
     else:
         print_once(f"{progress.seconds / 60:.1f} minutes; the best epoch is in {Path(args.out, 'best.pt')}")
     if processes() > 1:
+        dist.barrier()
         dist.destroy_process_group()
     return 128 + stop if stop else 0
 
@@ -915,19 +763,16 @@ def main(argv=None):
     except (BadInput, OSError) as error:  # OSError: a full disk, a folder that cannot be written
         said = error
     except (RuntimeError, MemoryError) as error:  # torch has no others for what happens elsewhere
-        causes = {
-            "DataLoader": "reading images has failed, maybe for want of memory; try fewer --workers",
-            "gloo|NCCL|Connection": "another process has ended or does not answer; its message says why",
-            "memory": "the memory is exhausted; try --micro-batch-size or a smaller --batch-size",
-        }
-        found = [cause for sign, cause in causes.items() if re.search(sign, repr(error), re.I)]
-        if not found:
+        if re.search("gloo|NCCL|Connection", str(error), re.I):
+            said = f"another process has ended or does not answer; its message says why ({error})"
+        elif re.search("memory|DataLoader", repr(error), re.I):
+            said = f"it failed, maybe for want of memory; try --micro-batch-size or fewer --workers ({error})"
+        else:
             raise
-        said = f"{found[0]} ({short(error)})"
     except KeyboardInterrupt:
         print("train.py: stopped by Ctrl-C; what was saved before is as it was", file=sys.stderr)
         return 130
-    print(f"train.py: {said}", file=sys.stderr)
+    print(f"train.py: {textwrap.shorten(str(said), 1000)}", file=sys.stderr)  # a library's has many lines
     return 2
 
 

@@ -96,31 +96,29 @@ def before_step(monkeypatch):
 
 @pytest.fixture
 def chests(tmp_path):
-    """NIH ChestX-ray14 in small: 20 patients with one image each and no report -> its folder."""
+    """A table of 20 patients with one chest image each, no report and no splits -> its folder."""
     root = tmp_path / "chests"
-    (root / "images").mkdir(parents=True)
-    rows = ["Image Index,Finding Labels,Patient ID"]
+    root.mkdir()
+    rows = ["image,patient,No Finding,Edema,Pleural Effusion,Pneumonia"]
     for patient in range(20):
-        rows.append(f"{patient}.png,{('No Finding', 'Edema|Effusion', 'Pneumonia')[patient % 3]},{patient}")
-        Image.fromarray(np.full((8, 8), 10 * patient, np.uint8)).save(root / "images" / f"{patient}.png")
-    (root / "Data_Entry_2017_v2020.csv").write_text("\n".join(rows))
+        rows.append(f"{patient}.png,{patient},{('1,0,0,0', '0,1,1,0', '0,0,0,1')[patient % 3]}")
+        Image.fromarray(np.full((8, 8), 10 * patient, np.uint8)).save(root / f"{patient}.png")
+    (root / "table.csv").write_text("\n".join(rows))
     return root
 
 
 @pytest.fixture
 def cases(tmp_path):
-    """MedPix 2.0 in small: 24 images to train on, most with a caption, and 6 to validate -> its flags."""
-    root = tmp_path / "cases"
-    for folder in ("images", "splitted_dataset"):
-        (root / folder).mkdir(parents=True)
-    for split, count in (("train", 24), ("dev", 6), ("test", 6)):
-        lines = []
+    """A table of 24 images to train on, most with a caption, and 6 to validate and to test -> its flags."""
+    root, rows = tmp_path / "cases", ["image,split,report,Head,Thorax,Abdomen"]
+    root.mkdir()
+    for split, count in (("train", 24), ("valid", 6), ("test", 6)):
         for i in range(count):
-            name, category = f"{split}{i}", ("Head", "Thorax", "Abdomen")[i % 3]
-            caption = f"Image {i} of the {category}, {'large' if i % 2 else 'small'}." if i % 6 else ""
-            row = {"image": name, "Description": {"Caption": caption}, "Location Category": category}
-            lines.append(json.dumps(row | {"U_id": name}))
+            category = ("Head", "Thorax", "Abdomen")[i % 3]
+            caption = f"Image {i} of the {category}; {'large' if i % 2 else 'small'}." if i % 6 else ""
+            labels = ",".join(str(int(i % 3 == n)) for n in range(3))
+            rows.append(f"{split}{i}.png,{split},{caption},{labels}")
             grey = np.random.default_rng([count, i]).integers(80 * (i % 3), 256, (16, 16), np.uint8)
-            Image.fromarray(grey).save(root / "images" / f"{name}.png")
-        (root / "splitted_dataset" / f"descriptions_{split}.jsonl").write_text("\n".join(lines))
-    return ["--data", f"medpix2={root}"]
+            Image.fromarray(grey).save(root / f"{split}{i}.png")
+    (root / "table.csv").write_text("\n".join(rows))
+    return ["--data", f"csv={root}"]

@@ -8,11 +8,12 @@ import gzip
 import io
 import json
 import os
-import shutil
 import zipfile
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
+import make_table
 import pytest
 from PIL import Image
 
@@ -179,22 +180,6 @@ def openi(root):
     return root
 
 
-def openi_kaggle(root):
-    """The same reports in Kaggle's two tables."""
-    reports, images = [], []
-    for number in range(1, 13):
-        row = {"uid": number, "MeSH": "Opacity/lung;Catheters, Indwelling" if number == 4 else "normal"}
-        row["impression"] = "" if number == 2 else f"Normal chest x-XXXX, {MARKER}."
-        reports.append(row | {"findings": "" if number == 2 else "Lungs are clear."})
-        if number != 3:
-            name = f"{number}_IM-0001-4001.dcm.png"
-            images.append({"uid": number, "filename": name, "projection": "Frontal"})
-            draw(root / "images" / "images_normalized" / name)
-    write_table(root / "indiana_reports.csv", reports)
-    write_table(root / "indiana_projections.csv", images)
-    return root
-
-
 def covid_radiography(root, names=("COVID", "Lung_Opacity", "Normal", "Viral Pneumonia"), images="images"):
     for name in names:
         for n in range(1, 4):
@@ -251,12 +236,10 @@ def pack(root):
     return root / "pack"
 
 
-def openi_archive(root):
-    """The reports of Open-I in the archive that they come in."""
-    shutil.make_archive(root / "NLMCXR_reports", "gztar", openi(root), "ecgen-radiology")
-    shutil.rmtree(root / "ecgen-radiology")
-    (root / "NLMCXR_reports.tar.gz").rename(root / "NLMCXR_reports.tgz")
-    return root
+def made(name, write_folder, root):
+    """The table that make_table.py makes of a folder."""
+    make_table.make_table(name, write_folder(root))
+    return root / "table.csv"
 
 
 READERS = {  # layout: (reader, what writes its folder, images in its three splits)
@@ -264,13 +247,11 @@ READERS = {  # layout: (reader, what writes its folder, images in its three spli
     "mimic-cxr": ("mimic-cxr", mimic, (3, 1, 1)),
     "mimic-zip": ("mimic-cxr", lambda root: mimic(root, reports="mimic-cxr-reports.zip"), (3, 1, 1)),
     "rsna": ("rsna", rsna, (14, 3, 3)),
-    "openi": ("openi", openi, (8, 1, 2)),
-    "openi-archive": ("openi", openi_archive, (8, 1, 2)),
-    "openi-kaggle": ("openi", openi_kaggle, (8, 1, 2)),
     "covid-radiography": ("covid-radiography", covid_radiography, (8, 2, 2)),
-    "nih-chestxray14": ("nih-chestxray14", nih, (7, 1, 2)),
-    "covid-chestxray": ("covid-chestxray", covid_chestxray, (7, 1, 2)),
-    "medpix2": ("medpix2", medpix, (1, 1, 1)),
+    "openi": ("csv", partial(made, "openi", openi), (8, 1, 2)),
+    "nih-chestxray14": ("csv", partial(made, "nih-chestxray14", nih), (7, 1, 2)),
+    "covid-chestxray": ("csv", partial(made, "covid-chestxray", covid_chestxray), (7, 1, 2)),
+    "medpix2": ("csv", partial(made, "medpix2", medpix), (1, 1, 1)),
     "csv": ("csv", own, (4, 4, 2)),
     "pack": ("csv", pack, (4, 4, 2)),
 }

@@ -83,11 +83,6 @@ def test_gloria_draws_200_of_each_task_by_one_generator_over_the_candidates_in_t
     assert data.gloria_5x200(records, 3) == [records[place] for place in places]
 
 
-def test_medclip_draws_a_random_half_of_400_each():
-    drawn = Counter(next(iter(r.findings)) for r in data.medclip_5x200(cohort(400), 42))
-    assert sum(drawn.values()) == 1000 and set(drawn.values()) != {200} and min(drawn.values()) > 150
-
-
 @pytest.mark.parametrize("rule", RULES)
 def test_the_seed_decides_the_list_and_no_image_is_drawn_twice(rule):
     records, drawn = cohort(450), RULES[rule][0]
@@ -144,14 +139,6 @@ def test_covid_normal_reads_two_of_the_four_classes(tmp_path):
     assert {r.id.partition("-")[0] for r in records} == {"COVID", "Normal"} and len(records) == 6
 
 
-def test_covid_normal_of_the_published_sizes_has_the_published_classes():
-    kinds = [{"COVID-19"}] * 3616 + [{"No Finding"}] * 10192
-    records = [record(findings, id=str(n)) for n, findings in enumerate(kinds)]
-    protocol = data.PROTOCOLS["covid-normal"]
-    drawn = Counter(next(iter(r.findings)) for r in protocol.rule(records, protocol.seed))
-    assert drawn == {"COVID-19": 1483, "No Finding": 1517}
-
-
 # ----------------------------------------------------------------------------------------------- command line
 
 
@@ -183,32 +170,14 @@ def sha256(printed):
 def test_the_command_says_how_many_are_listed_and_left_and_the_sha256(chexpert, tmp_path, program):
     _, printed, _ = draw_list(program, chexpert, tmp_path / "ids.txt")
     assert sha256(printed) == hashlib.sha256((tmp_path / "ids.txt").read_bytes()).hexdigest()
-    assert printed[0] == f"chexpert-5x200, seed 0: 1,000 ids of 1,000 patients in {tmp_path / 'ids.txt'}"
-    assert printed[1] == "  " + ", ".join(f"{task} 200" for task in sorted(data.COMPETITION))
-    assert printed[2] == "left without these patients: 10 images of 5 patients"
+    assert printed[0] == f"chexpert-5x200: 1,000 ids of 1,000 patients in {tmp_path / 'ids.txt'}"
+    assert printed[1] == "left without these patients: 10 images of 5 patients"
 
 
-def test_the_order_of_the_columns_does_not_change_the_list(chexpert, tmp_path, program):
-    rows = [",".join(line.split(",")[::-1]) for line in chexpert.read_text().splitlines()]
-    (tmp_path / "turned.csv").write_text("\n".join(rows))
-    tables = (chexpert, tmp_path / "turned.csv")
-    lists = [draw_list(program, table, tmp_path / "ids.txt")[1] for table in tables]
-    assert lists[0] == lists[1]
-
-
-def test_the_seed_is_by_default_that_of_the_published_list(chexpert, tmp_path, program):
-    seeds = ([], ["--seed", 0], ["--seed", 1])
-    lists = (draw_list(program, chexpert, tmp_path / f"{s}.txt", *s)[1] for s in seeds)
-    default, same, other = map(sha256, lists)
-    assert default == same != other
-
-
-@pytest.mark.parametrize("seed", ["-1", "99999999999", "x"])
-def test_a_seed_that_makes_no_sense_is_refused_and_so_is_an_unknown_protocol(seed, capsys):
-    for name, sentence in (("rsna-balanced", seed), ("5x200", "chexpert-5x200-medclip")):
-        with pytest.raises(SystemExit, match="2"):
-            data.main(["protocol", name, "--table", "t.csv", "--out", "o.txt", "--seed", seed])
-        assert sentence in capsys.readouterr().err
+def test_an_unknown_protocol_is_refused_beside_those_known(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        data.main(["protocol", "5x200", "--table", "t.csv", "--out", "o.txt"])
+    assert "chexpert-5x200-medclip" in capsys.readouterr().err
 
 
 def test_a_class_with_fewer_than_200_images_is_refused_and_writes_no_list(tmp_path, program):
@@ -265,11 +234,9 @@ def test_mimic_5x200_without_one_of_its_tables_names_it(tmp_path, program):
 # ------------------------------------------------------------------------------------------------------ lists
 
 
-@pytest.mark.parametrize("text", [None, "b/1\na\n", "b/1\r\na\r\n", "b/1\n\na"])
-def test_a_list_is_read_as_it_was_written_whatever_ends_its_lines(tmp_path, text):
-    data.write_ids(tmp_path / "ids.txt", ["b/1", "a"])
-    if text:
-        (tmp_path / "ids.txt").write_bytes(text.encode())
+@pytest.mark.parametrize("text", ["b/1\na", "b/1\na\n", "b/1\r\na\r\n", "b/1\n\na"])
+def test_a_list_is_read_whatever_ends_its_lines(tmp_path, text):
+    (tmp_path / "ids.txt").write_bytes(text.encode())
     assert data.read_ids(tmp_path / "ids.txt") == ["b/1", "a"]
     assert data.ids_sha256(["b/1", "a"]) != data.ids_sha256(["a", "b/1"])
 
@@ -313,7 +280,7 @@ def listing(tmp_path):
     """Ids -> the file of their list."""
 
     def write(*ids):
-        data.write_ids(tmp_path / "ids.txt", ids)
+        (tmp_path / "ids.txt").write_text("\n".join(ids))
         return tmp_path / "ids.txt"
 
     return write
@@ -334,7 +301,7 @@ def test_an_id_that_no_image_has_is_shown_beside_one_that_an_image_has(films):
 def test_a_run_leaves_out_the_patients_of_several_lists_and_says_how_many_images_that_costs(
     films, listing, pretrain, capsys, tmp_path
 ):
-    data.write_ids(tmp_path / "more.txt", ["3.png"])
+    (tmp_path / "more.txt").write_text("3.png")
     assert pretrain("--data", films, "--hold-out", listing("0.png", "24.png"), tmp_path / "more.txt") == 0
     printed = capsys.readouterr().out
     assert "train: of 12 images 2 are held out by patient" in printed
@@ -364,7 +331,7 @@ def test_a_list_that_a_run_cannot_hold_out_is_refused(films, listing, pretrain, 
     unknown, everybody = ["x.png"], [f"{n}.png" for n in range(10)]
     for ids, sentence in ((unknown, "1 of the 1 listed ids are not"), (everybody, "no training record")):
         assert pretrain("--data", films, "--hold-out", listing(*ids)) == 2
-        (line,) = capsys.readouterr().err.splitlines()
+        line = capsys.readouterr().err.splitlines()[-1]
         assert line.startswith("train.py: ") and sentence in line
     (tmp_path / "ids.txt").unlink()
     assert pretrain("--hold-out", tmp_path / "ids.txt") == 2
@@ -404,12 +371,6 @@ def test_evaluation_of_a_held_out_list_has_no_note(films, listing, pretrain, tmp
     flags = ["--checkpoint", tmp_path / "run", "--task", "zero-shot", "--ids", ids, "--device", "cpu"]
     assert evaluate.main([str(flag) for flag in flags]) == 0
     assert "note:" not in capsys.readouterr().out
-
-
-def test_evaluation_of_ids_that_are_not_in_the_data_is_refused(assess, listing, capsys):
-    assert assess("--ids", listing("0.png", "x/0.png")) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("evaluate.py: 1 of the 2 listed ids are not in ") and "looks like '0.png'" in line
 
 
 # ------------------------------------------------------------------------------------------------ real tables
@@ -475,7 +436,7 @@ LISTS = {  # protocol: SHA-256 in REPRODUCE.md
 @pytest.mark.parametrize("name", LISTS)
 def test_real_tables_give_the_published_lists(name, real_chexpert, real_rsna):
     protocol = data.PROTOCOLS[name]
-    chosen = protocol.rule(real_rsna if name.startswith("rsna") else real_chexpert, protocol.seed)
+    chosen = protocol.rule(real_rsna if name.startswith("rsna") else real_chexpert)
     assert data.ids_sha256([r.id for r in chosen]) == LISTS[name]
 
 
@@ -487,14 +448,8 @@ def test_real_chexpert_without_the_patients_of_5x200_is_what_is_left(real_chexpe
 
 
 def test_real_medclip_variant_has_its_classes_views_and_patients(real_chexpert):
-    drawn = data.medclip_5x200(real_chexpert, data.PROTOCOLS["chexpert-5x200-medclip"].seed)
+    drawn = data.medclip_5x200(real_chexpert)
     tasks = Counter(data.only_finding(r) for r in drawn)
     assert [tasks[task] for task in data.COMPETITION] == [215, 197, 200, 188, 200]
     assert Counter(r.view == "LATERAL" for r in drawn) == {False: 798, True: 202}
     assert len({r.patient for r in drawn}) == 958
-
-
-def test_real_rsna_split_is_that_of_gloria(real_rsna):
-    parts = data.gloria_split(real_rsna)
-    counts = {split: (len(part), sum(bool(r.findings) for r in part)) for split, part in parts.items()}
-    assert counts == {"train": (18678, 4162), "valid": (4003, 928), "test": (4003, 922)}

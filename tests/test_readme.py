@@ -64,7 +64,7 @@ def test_python_in_the_readme_runs(tiny_run, tmp_path, monkeypatch, capsys):
     given |= {"input_ids": torch.ones(2, 5, dtype=torch.long), "attention_mask": torch.ones(2, 5)}
     for block in python_blocks("README.md"):
         exec(block, given)
-    assert list((tmp_path / "runs").glob("umcl-clinic*/best.pt"))
+    assert list((tmp_path / "runs").glob("umcl-data-clinic*/best.pt"))
     assert given["loss"] > 0 and given["hidden"].shape == (2, 16)
     printed = capsys.readouterr().out
     assert given["run"].findings and all(finding in printed for finding in given["run"].findings)

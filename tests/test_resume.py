@@ -1,6 +1,5 @@
 """A run that was stopped, or broke, ends where the unbroken one does, and its files survive."""
 
-import fcntl
 import multiprocessing
 import os
 import random
@@ -24,7 +23,7 @@ FILES = ["best.pt", "config.json", "last.pt", "log.jsonl"]
 
 @pytest.fixture
 def flags(cases):
-    """Two epochs of three steps with stochastic depth and dropout."""
+    """Two epochs of three steps with stochastic depth."""
     return [*TINY, *cases, "--epochs", "2", "--drop-path", "0.2"]
 
 
@@ -36,20 +35,6 @@ def run(flags, tmp_path):
 
 def resume(folder):
     return train.main(["--resume", str(folder)])
-
-
-@pytest.fixture(autouse=True)
-def dropout(monkeypatch):
-    for module in (train, evaluate):
-        monkeypatch.setattr(module, "BertConfig", with_dropout)
-
-
-def with_dropout(**sizes):
-    return BertConfig(**sizes | {"hidden_dropout_prob": 0.1})
-
-
-BertConfig = train.BertConfig
-with_dropout.from_dict = BertConfig.from_dict
 
 
 @pytest.fixture
@@ -66,7 +51,7 @@ def content(folder):
     """All that a finished run leaves, but for times."""
     steps, epochs = log(folder)
     for line in steps:
-        del line["seconds"], line["images_per_second"]
+        del line["seconds"]
     last, best = state(folder), state(folder, "best.pt")
     moments = [last["optimizer"]["state"][i][name] for i in range(5) for name in ("exp_avg", "exp_avg_sq")]
     return (steps, epochs, best["progress"]), [*last["model"].values(), *best["model"].values(), *moments]
@@ -82,23 +67,20 @@ def same(one, other):
 
 
 @pytest.mark.parametrize(("step", "workers"), [(1, 0), (2, 2), (3, 0), (3, 2), (5, 2)])
-def test_resumed_run_ends_where_the_unbroken_one_does(run, signal_at, tmp_path, step, workers):
+def test_resumed_run_ends_where_the_unbroken_one_does_whatever_its_workers_and_saves(
+    run, signal_at, tmp_path, step, workers
+):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert run("whole", "--workers", workers) == 0
+    assert run("whole") == 0
     signal_at(step, signal.SIGTERM)
-    assert run("broken", "--workers", workers) == 143 and state(broken)["progress"]["step"] == step
+    assert run("broken", "--workers", workers, "--save-every", 2) == 143
+    assert state(broken)["progress"]["step"] == step
     with open(broken / "log.jsonl", "a") as lines:  # what a kill could leave after the last save
         lines.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
     saved = state(broken)
-    saved["progress"]["most_skipped"] = 0  # as older programs wrote it
+    saved["progress"]["skipped"] = 0  # as older programs wrote it
     torch.save(saved, broken / "last.pt")
     assert resume(broken) == 0 and same(whole, broken)
-
-
-@pytest.mark.parametrize(("flag", "one", "other"), [("--workers", 0, 2), ("--save-every", 1, 2)])
-def test_workers_and_further_saves_do_not_change_a_run(run, tmp_path, flag, one, other):
-    assert run("one", flag, one) == run("other", flag, other) == 0
-    assert same(tmp_path / "one", tmp_path / "other")
 
 
 def test_a_finished_run_that_is_resumed_says_so_and_stays_as_it_is(run, tmp_path, monkeypatch, capsys):
@@ -133,35 +115,25 @@ def test_options_that_leave_the_result_are_accepted(tiny_run, given):
 @pytest.mark.parametrize("change", ["a row less", "rows reversed", "labels", "a report", "an image"])
 def test_other_data_are_refused(run, tmp_path, capsys, change):
     run("run")
-    table = tmp_path / "cases" / "splitted_dataset" / "descriptions_train.jsonl"
-    text, rows = table.read_text(), table.read_text().splitlines()
+    table = tmp_path / "cases" / "table.csv"
+    text, (head, *rows) = table.read_text(), table.read_text().splitlines()
     if change == "an image":
-        image = tmp_path / "cases" / "images" / "train0.png"
+        image = tmp_path / "cases" / "train0.png"
         image.write_bytes(image.read_bytes() + b"0")
-    changed = {"a row less": "\n".join(rows[:-1]), "rows reversed": "\n".join(rows[::-1])}
-    changed |= {"labels": text.replace('"Head"', '"Other"'), "a report": text.replace("Image 5", "Image 55")}
+    changed = {"a row less": "\n".join([head, *rows[1:]]), "rows reversed": "\n".join([head, *rows[::-1]])}
+    changed |= {"labels": text.replace(",Head,", ",Other,"), "a report": text.replace("Image 5", "Image 55")}
     table.write_text(changed.get(change, text))
     assert resume(tmp_path / "run") == 2 and "data have changed" in refusal(capsys)
 
 
-def test_a_folder_in_which_a_run_is_going_on_is_locked(run, signal_at, tmp_path, capsys):
-    signal_at(2, signal.SIGTERM)
-    assert run("run") == 143
-    before = (tmp_path / "run" / "last.pt").read_bytes()
-    with open(tmp_path / "run" / "log.jsonl", "a") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        assert resume(tmp_path / "run") == 2 and "another process" in refusal(capsys)
-    assert (tmp_path / "run" / "last.pt").read_bytes() == before
-
-
-def test_a_resumed_run_records_the_commits_of_both_programs(run, signal_at, tmp_path, monkeypatch, capsys):
+def test_a_run_that_another_program_began_says_so_and_goes_on(run, signal_at, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "commit", lambda: "one")
     signal_at(1, signal.SIGTERM)
-    assert run("run") == 143
+    assert run("run") == 143 and "has changed" not in capsys.readouterr().out
     monkeypatch.setattr(evaluate, "commit", lambda: "two")
     assert resume(tmp_path / "run") == 0
-    assert "one then two" in capsys.readouterr().out
-    assert evaluate.load_run(tmp_path / "run").args.commit == "one then two"
+    printed = capsys.readouterr().out
+    assert "commit two" in printed and "the program has changed since commit one" in printed
 
 
 # -------------------------------------------------------------------------------------------- what breaks it
@@ -170,7 +142,6 @@ def test_a_resumed_run_records_the_commits_of_both_programs(run, signal_at, tmp_
 def quietly(*arguments):
     """What a process of its own does."""
     torch.set_num_threads(1)
-    train.BertConfig = evaluate.BertConfig = with_dropout
     sys.stdout = sys.stderr = open(os.devnull, "w")
     sys.exit(train.main(list(arguments)))
 
@@ -185,30 +156,24 @@ def saved_step(folder):
     return evaluate.read_checkpoint(folder / "last.pt")["progress"]["step"]
 
 
-def test_a_run_survives_being_killed_thirty_times(flags, tmp_path):
-    flags += ["--epochs", "12", "--save-every", "1"]
+def test_a_run_survives_being_killed_twenty_times(flags, tmp_path):
+    flags += ["--epochs", "20", "--save-every", "1"]
     assert train.main([*flags, "--out", str(tmp_path / "whole")]) == 0
-    folder, chance, killed, reached = tmp_path / "run", random.Random(0), 0, set()
-    started("--help").join()  # the first one waits for what all are copied from
-    since = time.time()
+    folder, chance = tmp_path / "run", random.Random(0)
     process = started(*flags, "--out", str(folder))
     while not (folder / "last.pt").exists():
         time.sleep(0.01)
-    start = time.time() - since  # seconds until there is something to lose; more on a busy machine
-    while killed < 30:
+    for i in range(20):
         before = saved_step(folder)
-        while killed % 5 == 0 and process.is_alive() and saved_step(folder) == before:
-            time.sleep(0.01)  # one in five gets on before it dies, however busy the machine is
-        process.join(chance.uniform(0, start))
-        killed += process.is_alive()
+        while i % 2 and process.is_alive() and saved_step(folder) == before:
+            time.sleep(0.01)  # every other one gets on before it dies, however busy the machine is
+        process.join(chance.uniform(0, 0.1))
+        assert process.is_alive()  # else there is nothing left to kill
         process.kill()
         process.join()
-        reached.add(saved_step(folder))
-        assert max(reached) < 36  # the end, where there is nothing left to kill
         process = started("--resume", str(folder))
     process.kill()
     process.join()
-    assert len(reached) > 4  # else most died before they had done anything
     assert resume(folder) == 0 and same(tmp_path / "whole", folder)
 
 
@@ -279,7 +244,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_replaces_the_old_one(run, tmp_pat
     assert done[:4] == done[4:8] == saved  # the start's, and then that of the epoch
 
 
-@pytest.mark.parametrize("kind", ["nothing", "empty", "text", "tensors", "no optimizer", "no step", "code"])
+@pytest.mark.parametrize("kind", ["nothing", "no optimizer", "no step", "code"])
 def test_what_no_run_can_go_on_from_is_refused_unrun(tiny_run, tmp_path, capsys, kind):
     class Code:
         def __reduce__(self):
@@ -287,11 +252,8 @@ def test_what_no_run_can_go_on_from_is_refused_unrun(tiny_run, tmp_path, capsys,
 
     path, last = tmp_path / "last.pt", state(tiny_run, "best.pt" if kind == "no optimizer" else "last.pt")
     changed = {"no step": {"progress": {}}, "code": {"progress": Code()}}.get(kind, {})
-    torch.save({"weight": torch.zeros(3)} if kind == "tensors" else last | changed, path)
-    if kind in ("empty", "text"):
-        path.write_text({"empty": "", "text": "# UMCL"}[kind])
-    if kind == "nothing":
-        path.unlink()
+    if kind != "nothing":
+        torch.save(last | changed, path)
     assert resume(tmp_path) == 2 and str(path) in refusal(capsys)
     assert not (tmp_path / "ran").exists()
 
@@ -309,7 +271,7 @@ def test_a_worker_that_dies_ends_the_run_with_one_sentence(run, before_step, tmp
 
 def test_images_that_do_not_come_end_the_run_with_one_sentence(run, monkeypatch, capsys):
     monkeypatch.setattr(data, "PATIENCE", 1)
-    monkeypatch.setattr(data, "read_image", lambda _: time.sleep(3))
+    monkeypatch.setattr(data, "transformed", lambda *_: time.sleep(3))
     assert run("run", "--workers", 1) == 2 and "timed out" in refusal(capsys)
 
 
@@ -317,7 +279,7 @@ def test_images_that_do_not_come_end_the_run_with_one_sentence(run, monkeypatch,
 def test_a_data_folder_that_vanishes_ends_the_run_with_one_sentence(
     run, before_step, tmp_path, capsys, workers
 ):
-    images = tmp_path / "cases" / "images"
+    images = tmp_path / "cases"
     before_step(lambda *_: shutil.rmtree(images, ignore_errors=True))
     assert run("run", "--epochs", 9, "--workers", workers) == 2 and str(images) in refusal(capsys)
     assert evaluate.load_run(tmp_path / "run" / "last.pt").findings
