@@ -483,17 +483,15 @@ def encode_texts(run, texts, as_prompts=False):
 
 def encode_images(run, images):
     """Paths, Pillow images or grey (H, W) uint8 arrays -> (N, D) float32, unit length."""
-    images = [np.asarray(data.grey(each)) if isinstance(each, Image.Image) else each for each in images]
-    for image in images:
-        if isinstance(image, np.ndarray) and (image.ndim, image.dtype) != (2, np.uint8):
+    records = []
+    for i, image in enumerate(images):
+        image = np.asarray(data.grey(image)) if isinstance(image, Image.Image) else image
+        if not isinstance(image, np.ndarray):
+            image = Path(image)
+        elif (image.ndim, image.dtype) != (2, np.uint8):
             raise BadInput(f"an image as array is (H, W) uint8, not {image.shape} {image.dtype}")
-    return encode(run, bare_records(images)).image_features
-
-
-def bare_records(images):
-    """Records of paths or arrays of which nothing else is known."""
-    images = [image if isinstance(image, np.ndarray) else Path(image) for image in images]
-    return [data.Record(image, None, frozenset(), str(i), "images") for i, image in enumerate(images)]
+        records.append(data.Record(image, None, frozenset(), str(i), "images"))
+    return encode(run, records).image_features
 
 
 def encode_prompts(run, findings):
@@ -583,7 +581,7 @@ def zero_shot(run, encoded, *, prompt_set=None, combine="mean-embedding", classe
     """Classification by label prompts (paper) -> {metric: Measure}; see classification and at_thresholds.
 
     "pair AUROC" is by a finding's score less that of the prompts of its absence (family: CheXzero, whose
-    softmax over the two gives the same ranking).
+    softmax over the two gives the same ranking), "absence AUROC" of absence, by the prompts of absence alone.
 
     prompt_set: see read_prompts; None is the template of training. combine: see COMBINE.
     classes: names; None takes all findings of the records.
@@ -603,6 +601,8 @@ def zero_shot(run, encoded, *, prompt_set=None, combine="mean-embedding", classe
         some = found.of(negative)
         of_absence = combined(encoded.image_features, encode_findings(run, negative), combine)
         measures |= by_finding("pair AUROC", auroc, some._replace(scores=some.scores - of_absence))
+        swapped = some._replace(scores=of_absence, present=some.absent, absent=some.present)
+        measures |= by_finding("absence AUROC", auroc, swapped)
     if not measures:
         raise Lacking("zero-shot needs labels of two classes, and these data have none")
     if valid:
@@ -927,6 +927,9 @@ def prompt_words(run, encoded):
             ("cosine with other reports", np.mean, others),
         ):
             measures[f"{name}, {way}"] = Measure(metric, (rows,), patients=patients)
+    if run.model.prompt is not None:
+        norms = run.model.prompt.context.detach().norm(dim=1).cpu().numpy()
+        measures["norm of the vectors"] = Measure(np.mean, (norms,))
     return measures
 
 

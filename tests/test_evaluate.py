@@ -375,7 +375,7 @@ RETRIEVAL = (*CLASS_LEVEL, "R@1", "R@5", "R@10", "median rank")
 
 
 def test_results_have_every_metric_with_value_interval_chance_and_number(results):
-    kinds = {f"pair {name}" for name in AUROCS}
+    kinds = {f"{side} {name}" for side in ("pair", "absence") for name in AUROCS}
     kinds |= {f"{kind}{name[5:]}" for kind in ("F1", "MCC", "binary accuracy") for name in AUROCS}
     assert results["zero-shot"].keys() == {"accuracy", "balanced accuracy", "mAP", *AUROCS, *kinds}
     assert results["retrieval"].keys() == {f"{way}_{m}" for way in ("i2t", "t2i") for m in RETRIEVAL}

@@ -123,7 +123,9 @@ def test_the_pair_score_is_the_difference_between_presence_and_absence(run, monk
     monkeypatch.setattr(evaluate, "encode_findings", lambda run, texts: next(features))
     found = values(evaluate.zero_shot(run, hand_made([[1, 0], [2, 5]], ["A", ""], findings="A")))
     assert found.pop("mAP") == 1 / 2
-    assert found == {"AUROC A": 0, "AUROC mean": 0, "pair AUROC A": 1, "pair AUROC mean": 1}
+    assert found == {"AUROC A": 0, "AUROC mean": 0, "pair AUROC A": 1, "pair AUROC mean": 1} | {
+        f"absence AUROC {name}": 1 for name in ("A", "mean")
+    }
 
 
 def test_the_threshold_is_the_best_of_the_validation_split(classify):
@@ -316,7 +318,9 @@ def test_results_name_the_fractions_the_variants_and_what_is_near(tiny_run, tmp_
     assert found["prompt-sensitivity"].keys() == {"mean", "worst", "spread"} | variants
     kinds = ("distance to the reports", "cosine with the own reports", "cosine with other reports")
     words = {f"{kind}, {way}" for kind in kinds for way in ("with the vectors", "without")}
-    assert found["prompt-words"].keys() == words
+    assert found["prompt-words"].keys() == words | {"norm of the vectors"}
+    norms = evaluate.load_run(tiny_run).model.prompt.context.norm(dim=1)
+    assert found["prompt-words"]["norm of the vectors"]["value"] == pytest.approx(norms.mean().item())
 
 
 # -------------------------------------------------------------------------------------------------- wording
