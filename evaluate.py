@@ -1276,9 +1276,6 @@ def evaluate(args):
 
 
 def main(argv=None):
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal without ± shows a question mark
-            stream.reconfigure(errors="replace", line_buffering=True)
     try:
         evaluate(parse_args(argv))
         return 0

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data
 import train
-from umcl import SwinTransformer, TextEncoder
+from umcl import SwinTransformer
 
 C = 14  # findings, as CheXpert has
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -103,35 +103,10 @@ def swin_products(precision, backward, device):
     return call
 
 
-class EncodeTexts(TextEncoder):
-    """Pieces of Tokens through BERT-base, then the features put together and picked by row."""
-
-    def __init__(self):
-        super().__init__(BertModel(BertConfig(), add_pooling_layer=False))
-
-    def forward(self, pieces, rows):
-        return torch.cat([TextEncoder.forward(self, *piece) for piece in pieces])[rows]
-
-
 def texts(lengths):
     """Random texts of these lengths -> Tokens, padded to the longest."""
     mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
     return data.Tokens(torch.randint(5, 30000, mask.shape) * mask, mask)
-
-
-def label_prompts(distinct, batch, precision, device):
-    """Prompts of 44 word pieces: each distinct one once, and gathered; or that of every pair."""
-    tokens, rows = texts(torch.full((C,), 44)), torch.randint(C, (batch,))
-    if not distinct:
-        tokens, rows = data.Tokens(*(t[rows] for t in tokens)), torch.arange(batch)
-    return through(EncodeTexts(), [[tokens], rows], precision, True, device)
-
-
-def reports(pieces, batch, precision, device):
-    """Reports of median 59, mean 65 and at most 128 word pieces, in pieces of like length."""
-    tokens = texts((59 * torch.exp(0.44 * torch.randn(batch))).long().clamp(8, 128))
-    order, cut = data.in_pieces(tokens, pieces)
-    return through(EncodeTexts(), [cut, order.argsort()], precision, True, device)
 
 
 def our_step(batch, precision, device, compiled=False):
@@ -264,18 +239,6 @@ def swin_rows(args):
             report(f"{title}, bound", sides, args, 16)
 
 
-def text_rows(args):
-    for p in DTYPES:
-        for batch in args.batch_sizes:
-            make, sides = partial(label_prompts, batch=batch, precision=p), {}
-            sides[f"distinct, gathered {p}"] = partial(make, True)
-            sides[f"every pair's {p}"] = partial(make, False)
-            report(f"{C} label prompts, batch {batch}", sides, args, batch)
-            make = partial(reports, batch=batch, precision=p)
-            sides = {f"4 pieces {p}": partial(make, 4), f"to the longest {p}": partial(make, 1)}
-            report(f"reports, batch {batch}", sides, args, batch)
-
-
 def step_rows(args):
     for batch in args.batch_sizes:
         for ours, theirs in (("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")):
@@ -296,7 +259,7 @@ def profile(args):
     print(found.key_averages().table(sort_by=f"self_{args.device}_time_total", row_limit=10))
 
 
-ROWS = {"swin": swin_rows, "text": text_rows, "step": step_rows}
+ROWS = {"swin": swin_rows, "step": step_rows}
 
 
 def main():

@@ -95,19 +95,6 @@ def before_step(monkeypatch):
 
 
 @pytest.fixture
-def chests(tmp_path):
-    """A table of 20 patients with one chest image each, no report and no splits -> its folder."""
-    root = tmp_path / "chests"
-    root.mkdir()
-    rows = ["image,patient,No Finding,Edema,Pleural Effusion,Pneumonia"]
-    for patient in range(20):
-        rows.append(f"{patient}.png,{patient},{('1,0,0,0', '0,1,1,0', '0,0,0,1')[patient % 3]}")
-        Image.fromarray(np.full((8, 8), 10 * patient, np.uint8)).save(root / f"{patient}.png")
-    (root / "table.csv").write_text("\n".join(rows))
-    return root
-
-
-@pytest.fixture
 def cases(tmp_path):
     """A table of 24 images to train on, most with a caption, and 6 to validate and to test -> its flags."""
     root, rows = tmp_path / "cases", ["image,split,report,Head,Thorax,Abdomen"]

@@ -225,25 +225,6 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(run, b
     assert run("file/run") == 2 and str(tmp_path / "file") in refusal(capsys)
 
 
-def test_a_checkpoint_is_on_the_disk_before_it_replaces_the_old_one(run, tmp_path, monkeypatch):
-    done, fsync, replace = [], os.fsync, os.replace
-
-    def synced(place):
-        done.append(os.readlink(f"/proc/self/fd/{place}"))
-        fsync(place)
-
-    def replaced(old, new):
-        done.append((str(old), str(new)))
-        replace(old, new)
-
-    monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(os, "replace", replaced)
-    run("run", "--epochs", 1)
-    folder, last = tmp_path / "run", str(tmp_path / "run" / "last.pt")
-    saved = [str(folder / "log.jsonl"), f"{last}.tmp", (f"{last}.tmp", last), str(folder)]
-    assert done[:4] == done[4:8] == saved  # the start's, and then that of the epoch
-
-
 @pytest.mark.parametrize("kind", ["nothing", "no optimizer", "no step", "code"])
 def test_what_no_run_can_go_on_from_is_refused_unrun(tiny_run, tmp_path, capsys, kind):
     class Code:

@@ -43,13 +43,6 @@ def texts():
     return torch.randint(5, 50, mask.shape) * mask, mask.long()
 
 
-def test_without_prompt_the_text_encoder_is_plain_bert():
-    input_ids, mask = texts()
-    hidden = bert()(input_ids, attention_mask=mask).last_hidden_state
-    mean = hidden.masked_fill(mask[:, :, None] == 0, 0).sum(1) / torch.tensor(LENGTHS)[:, None]
-    assert torch.equal(TextEncoder(bert())(input_ids, mask), mean)
-
-
 @pytest.mark.parametrize("make", [lambda: None, prompt], ids=["plain", "prompt"])
 def test_it_is_bert_run_by_hand_over_each_text_alone_without_padding(make):
     encoder, vectors, (input_ids, mask) = TextEncoder(bert()), make(), texts()
