@@ -277,15 +277,6 @@ def ignore_signals(_worker):
         signal.signal(number, signal.SIG_IGN)
 
 
-def transformed(image, transform):
-    """The image of a Record as a tensor, or BadInput where it cannot be read or transformed."""
-    pixels = read_image(image)
-    try:
-        return transform(pixels)
-    except Exception as error:
-        raise BadInput(f"the image {image} cannot be used ({error})") from error
-
-
 class Images(torch.utils.data.Dataset):
     """Records as (place in the list, (1, S, S) uint8 tensor); an unreadable image is a BadInput."""
 
@@ -297,7 +288,7 @@ class Images(torch.utils.data.Dataset):
         return len(self.records)
 
     def __getitem__(self, i):
-        return i, transformed(self.records[i].image, self.transform)
+        return i, self.transform(read_image(self.records[i].image))
 
 
 # ------------------------------------------------------------------------------------------------- batches
@@ -1317,7 +1308,7 @@ def pack_image(side, job):
         if read_image(file).size == (side, side):
             return None
     try:
-        pixels = transformed(image, evaluation_transform(side))
+        pixels = evaluation_transform(side)(read_image(image))
         file.parent.mkdir(exist_ok=True, parents=True)
         v2.functional.to_pil_image(pixels).save(file, "PNG")
     except (BadInput, OSError) as error:

@@ -218,14 +218,6 @@ def test_a_long_strip_takes_no_more_memory_than_a_large_image():
     assert data.pad_to_square(Image.new("L", (40_000, 900))).shape == (1, data.SIDE, data.SIDE)
 
 
-def test_a_transform_that_fails_is_an_unreadable_image():
-    def fails(image):
-        raise RuntimeError("no memory")
-
-    with pytest.raises(BadInput, match="cannot be used .no memory."):
-        data.Images([record()], fails)[0]
-
-
 def test_padding_keeps_the_content_in_the_centre():
     expected = torch.zeros(6, 6, dtype=torch.uint8)
     expected[2:4] = 255
