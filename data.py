@@ -1606,7 +1606,6 @@ def build_parser():
 
     def data_options(add):
         add("--data", nargs="+", required=True, metavar="NAME=ROOT", help=", ".join(DATASETS))
-        add("--views", nargs="+", choices=VIEWS, default=FRONTAL, help="images to keep")
         add("--workers", type=amount, default=os.cpu_count(), help="processes that read images")
 
     add = command(summary, "summary", "count what is there and check it; status 1 where a check fails")
@@ -1620,6 +1619,7 @@ def build_parser():
     add = command(run_pack, "pack", "shrink every image to a PNG file once; goes on where it was stopped")
     data_options(add)
     add("--out", required=True, metavar="FOLDER")
+    add("--views", nargs="+", choices=VIEWS, default=FRONTAL, help="images to keep")
     add("--image-size", type=size, default=256, help="pixels a side, the model's or more")
     return p
 
