@@ -52,9 +52,7 @@ def test_it_is_bert_run_by_hand_over_each_text_alone_without_padding(make):
         inputs = torch.cat([words(ids[:1]), context, words(ids[1:length])])
         positions = torch.arange(len(context) + length)
         hidden = bert()(inputs_embeds=inputs[None], position_ids=positions[None]).last_hidden_state[0]
-        by_hand.append(
-            torch.cat([hidden[:1], hidden[len(context) + 1 :]]).mean(0)
-        )  # the text's own positions
+        by_hand.append(torch.cat([hidden[:1], hidden[len(context) + 1 :]]).mean(0))  # of the text alone
     torch.testing.assert_close(encoder(input_ids, mask, vectors), torch.stack(by_hand), **CLOSE)
 
 
