@@ -13,9 +13,9 @@ csv                your own table, or a pack       images and the columns that R
     python data.py pack --data chexpert=FOLDER --out PACK   shrinks all images; then --data csv=PACK
 
 A labeler gives each finding one of four states: present (1), absent (0), uncertain (-1), or not mentioned
-(blank). Readers keep all four. `settle` maps them to three: present, absent, unknown. An image is never a
-negative for the prompt of a finding that is unknown. "No Finding" is a finding, too; it rules out all others
-but "Support Devices".
+(blank). Readers keep all four. `settle` maps them to three: present, absent, unknown. By the default mask an
+image is no negative for the prompt of a finding that is unknown. "No Finding" is a finding, too; it rules
+out all others but "Support Devices".
 """
 
 import argparse
@@ -102,7 +102,7 @@ def settle_states(present, absent, uncertain, blank, policy):
         absent |= uncertain - present
     perhaps = (present | uncertain) - absent
     parents = frozenset().union(*(PARENTS.get(finding, ()) for finding in perhaps))
-    return present, absent | blank - parents if present else absent
+    return present, absent | (blank - parents) if present else absent
 
 
 def settle(record, policy):
@@ -112,7 +112,8 @@ def settle(record, policy):
     1                            present  present  present  present
     0                            absent   absent   absent   absent
     -1                           unknown  absent   present  present: atelectasis, edema, effusion; else absent
-    blank, beside a present one  absent   absent   absent   absent; a parent: unknown
+    blank, beside a present one  absent   absent   absent   absent
+    a blank parent of that one   unknown  unknown  unknown  unknown
     blank, nothing present       unknown  unknown  unknown  unknown
 
     "zeros" is MedCLIP's policy, "competition" is GLoRIA's, "ignore" is ours: the loss and the metrics skip
@@ -196,8 +197,6 @@ def read_image(image, about=None):
             if about:
                 file.draft("L", (about, about))
             return grey(file)
-    except BadInput:
-        raise
     except Exception as error:  # neither library has one error for what it cannot read
         why = getattr(error, "strerror", None) or str(error).replace(f" {str(image)!r}", "")
         raise BadInput(f"the image {image} cannot be read ({' '.join(why.split())})") from error
@@ -255,7 +254,7 @@ def image_files(root):
 
 
 def check_images(records, image_size):
-    """Refuses data sets none of whose images is there; notes images with fewer pixels a side, 0 none."""
+    """Refuses a data set of which no image is found, looking for some twenty; notes a small first image."""
     for source in dict.fromkeys(record.source for record in records):
         images = [record.image for record in records if record.source == source]
         paths = [image for image in images[:: len(images) // 20 + 1] if isinstance(image, Path)]
@@ -273,7 +272,7 @@ def check_images(records, image_size):
 
 def ignore_signals(_worker):
     """For loading processes: the main process alone answers Ctrl-C and SIGTERM."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -374,10 +373,10 @@ class Collate:
 
         prompt_rows = present.any(1).nonzero()[:, 0] if self.prompts else torch.zeros(0, dtype=torch.long)
         # An image's draw depends on this number and on the image, not on the others in its batch.
-        chance = int(torch.randint(2**31, ()))
+        seed = int(torch.randint(2**31, ()))
         drawn = [
-            np.random.default_rng((chance, row)).choice(np.flatnonzero(found))
-            for row, found in zip(rows[prompt_rows].tolist(), present[prompt_rows].numpy(), strict=True)
+            np.random.default_rng((seed, row)).choice(np.flatnonzero(labels))
+            for row, labels in zip(rows[prompt_rows].tolist(), present[prompt_rows].numpy(), strict=True)
         ]
         distinct, prompt_index = torch.tensor(drawn, dtype=torch.long).unique(return_inverse=True)
         return Batch(
@@ -409,7 +408,8 @@ def readable(loader):
         if isinstance(error, BadInput):  # of a loading process it is a traceback, with the sentence last
             sentence = str(error).strip().rpartition("BadInput: ")[2]
             raise BadInput(f"{sentence}; repair it, or leave it out by `python data.py pack`") from None
-        if isinstance(error, RuntimeError) and str(error).startswith("DataLoader"):
+        # OSError, EOFError: a loading process ended while it handed a batch over.
+        if isinstance(error, (OSError, EOFError)) or str(error).startswith("DataLoader"):
             way_out = "the memory or the disk may be the reason; try fewer --workers"
             raise BadInput(f"reading images stopped ({error}); {way_out}") from error
         raise
@@ -734,8 +734,8 @@ def phantom(root, split, limit=None):
     for i in tqdm(range(min(number, limit or number)), "drawing phantoms", leave=False, delay=2):
         rng = np.random.default_rng([SPLITS.index(split), i])
         if split == "train":
-            number = rng.choice(4, p=(0.15, 0.6, 0.2, 0.05))
-            present = set(rng.choice(PHANTOM_FINDINGS, number, replace=False).tolist())
+            count = rng.choice(4, p=(0.15, 0.6, 0.2, 0.05))
+            present = set(rng.choice(PHANTOM_FINDINGS, count, replace=False).tolist())
         else:
             present = {PHANTOM_FINDINGS[i % len(PHANTOM_FINDINGS)]}
         image, drawn = draw_phantom(rng, present, size)

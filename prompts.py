@@ -76,7 +76,7 @@ def prompt_set(findings, name, worded=wordings):
 
     Args:
         findings: names.
-        name: a template, for one prompt a finding (the one that training with it uses), or "ensemble", for
+        name: a template, for one prompt a finding, as in training, or "ensemble", for
             every wording in every template.
         worded: the function wordings, or negations for prompts that say the finding is absent.
 
@@ -92,7 +92,7 @@ def prompt_set(findings, name, worded=wordings):
 
 
 def variants(findings, template):
-    """The trained prompt and others that a user might write, each with one change (ours).
+    """The trained prompt and others that a user might write, most with one change (ours).
 
     They are: each template with the first wording and with a synonym; the trained prompt in upper case, with
     a capital, with a full stop added or removed, and in quotes; and "negated", which says the opposite.

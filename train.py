@@ -47,7 +47,7 @@ from evaluate import MACHINE_OPTIONS, Run, build_model, read_checkpoint, wrap_to
 from umcl import MAX_LOGIT_SCALE, contrastive_loss, label_mask, load_swin_weights
 
 SMALL_BERT = "small"  # --text-model: a BERT trained from scratch, with a vocabulary of its own
-TIMEOUT = timedelta(hours=2)  # of a process that does not answer; the others wait while the first validates
+TIMEOUT = timedelta(hours=2)  # of a silent process; long, since the others wait while the first validates
 STOP_SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "a closed terminal"}
 # fmt: off
 PRESETS = {  # REPRODUCE.md compares the values of "paper" with those of the family; all are ours
@@ -71,7 +71,7 @@ def build_parser():
     positive, natural = number_type(int, 1, 10**9), number_type(int, 0, 4096)
     size, share = number_type(int, 1, 4096), number_type(float, 0, 1)
     p = ArgumentParser(description="Pre-train UMCL or one of its ablations.", allow_abbrev=False,
-                       epilog="Options without a default here have one in the preset.")
+                       epilog="Presets set the sizes and the schedule; RUN/config.json has all values.")
     add = p.add_argument
     add("--data", nargs="+", default=["phantom"], metavar="NAME[=ROOT]", help=", ".join(data.DATASETS))
     add("--limit", type=positive, help="only the first N records of each data set (smoke runs)")
@@ -86,7 +86,7 @@ def build_parser():
         help="further data sets in which listed images are; nothing else is read of them")
     add("--preset", choices=PRESETS, help="without it small for phantoms, paper for other data")
     add("--out", help="folder of the run; default runs/umcl and the flags that are given")
-    add("--resume", metavar="RUN", help="go on with a run; only options of the machine may change")
+    add("--resume", metavar="RUN", help="go on with a run; device, threads, workers and the like may change")
     add("--seed", type=number_type(int, 0, 2**63 - 1), default=0)
 
     add = p.add_argument_group("ablations").add_argument
@@ -264,7 +264,7 @@ def print_once(sentence):
 
 
 def join_processes(device):
-    """Under torchrun: the process group. Also beside GPUs, what lies on the CPU goes over gloo."""
+    """Under torchrun: the process group. With GPUs, too, tensors on the CPU go over gloo."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -350,17 +350,17 @@ def losses(args, batch, features, scale):
     images, reports, distinct = features[: sum(counts)].split(counts)  # (B, D), (R, D), (P, D)
     named = batch.prompt_labels[batch.prompt_index]  # (Q, C), one finding each
     possible = ~batch.absent[batch.prompt_rows]  # (Q, C): an unknown finding makes no negative
-    labels, numbers = batch.report_labels, named.int().argmax(1)
+    labels, numbers = batch.report_labels, named.nonzero()[:, 1]
     pairs = {  # features of images and of texts; labels of both, for the mask; numbers of equal texts
         "report": (images[batch.report_rows], reports, labels, labels, batch.report_ids),
         "prompt": (images[batch.prompt_rows], distinct[batch.prompt_index], possible, named, numbers),
     }
     found = {}
     for kind, tensors in pairs.items():
-        image_features, text_features, *texts = gather_rows(*tensors)
+        image_features, text_features, image_labels, text_labels, ids = gather_rows(*tensors)
         if len(image_features):
-            removed = removed_pairs(args.label_mask, kind, *texts)
-            more = without_finding(batch, images, texts[1]) if kind == "prompt" else {}
+            removed = removed_pairs(args.label_mask, kind, image_labels, text_labels, ids)
+            more = absent_only(batch, images, text_labels) if kind == "prompt" else {}
             loss = contrastive_loss(image_features, text_features, scale, removed, **more)
             found[kind] = loss, removed, len(image_features)
     return found
@@ -379,7 +379,7 @@ def removed_pairs(mask, kind, image_labels, text_labels, text_ids):
     return removed
 
 
-def without_finding(batch, images, text_labels):
+def absent_only(batch, images, text_labels):
     """Images of which only absent findings are known: negatives of the prompts of these.
 
     Returns contrastive_loss's more_images (E, D) and more_removed (E, N).
@@ -400,13 +400,14 @@ def backward(run, batch, model, seed):
     torch.manual_seed(seed)
     with run.autocast():
         features, scale = model(pieces_of(batch, run.args), recompute=run.args.micro_batch_size is not None)
-    # All processes take the same loss, of the global batch, and DistributedDataParallel averages their
-    # gradients. That is right for τ; through the towers each sends back its own rows' share of a sum.
+    # Every process computes the whole batch's loss, and DistributedDataParallel averages the gradients. That
+    # is right for τ. A tower's gradient is one share of a sum, so it is multiplied by the number of shares.
     if processes() > 1:
         features.register_hook(lambda gradient: gradient * processes())
     parts = losses(run.args, batch, features, scale)
     weight = {"report": 1.0, "prompt": run.args.prompt_weight}
-    loss = 0 * scale + sum(weight[kind] * part for kind, (part, _, _) in parts.items())  # if there is no part
+    nothing = 0 * (scale + features.sum())  # gives every weight a gradient where a batch has neither part
+    loss = sum((weight[kind] * part for kind, (part, _, _) in parts.items()), nothing)
     loss.backward()
     return loss.detach(), parts
 
@@ -419,7 +420,7 @@ def training_step(run, batch, model, optimizer, lr, seed):
     loss, parts = backward(run, batch, model, seed)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.args.clip)
     optimizer.step()
-    run.model.log_scale.data.clamp_(max=math.log(0.999 * MAX_LOGIT_SCALE))  # at it, no gradient
+    run.model.log_scale.data.clamp_(max=math.log(0.999 * MAX_LOGIT_SCALE))  # at the bound τ gets no gradient
     return loss, norm, parts
 
 
@@ -543,7 +544,7 @@ def new_run(args, records):
     """An untrained model for these records, on its device -> Run."""
     findings = data.vocabulary(records)
     # Without label prompts nothing trains the vectors, and random ones would only disturb zero-shot.
-    trained = args.continuous_prompt and args.image_label and args.prompt_weight > 0 and findings
+    vectors = args.continuous_prompt and args.image_label and args.prompt_weight > 0 and findings
     if args.text_model == SMALL_BERT:
         texts = [record.report for record in records if record.report is not None]
         texts += itertools.chain(*prompts.prompt_set(findings, "ensemble").values())
@@ -552,7 +553,7 @@ def new_run(args, records):
         bert, tokenizer = small_text_model(args, texts)
     else:
         bert, tokenizer = load_text_model(args.text_model)
-    model = build_model(args, bert, args.prompt_length if trained else 0)
+    model = build_model(args, bert, args.prompt_length if vectors else 0)
     if args.image_weights:
         load_image_weights(model.image_encoder, args.image_weights)
     return Run(model.to(args.device), tokenizer, findings, args)
@@ -571,7 +572,7 @@ def training_sha256(records):
 class Progress:
     """How far a run has come: what a checkpoint keeps beside weights, moments and options.
 
-    No generator state is saved: every random number is a function of the seed and the step.
+    No generator state is saved: every random number is a function of the seed and of what it is for.
     """
 
     step: int = 0
@@ -604,14 +605,14 @@ def begin(args, records):
 
 @contextlib.contextmanager
 def signals_noted():
-    """Notes STOP_SIGNALS in a list, to be answered between two steps; a second Ctrl-C acts at once."""
+    """Notes STOP_SIGNALS, but for what nohup ignores, to be answered between steps; a second Ctrl-C acts."""
     noted = []
 
     def note(number, _frame):
         noted.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    before = {n: signal.signal(n, note) for n in STOP_SIGNALS if signal.getsignal(n) is not signal.SIG_IGN}
     try:
         yield noted
     finally:
@@ -713,9 +714,8 @@ def train(args):
     torch.set_num_threads(args.threads)
     device = evaluate.resolve_machine(args)
     join_processes(device)
-    machine = f"{args.device}, {args.precision}, {args.threads} threads, {processes()} processes"
-    print_once(f"commit {evaluate.commit()}, torch {torch.__version__}, {machine}")
-    print_once(f"preset {args.preset}; {args.out}/config.json has all options")
+    print_once(f"commit {evaluate.commit()}, torch {torch.__version__}, {args.device}, {args.precision}")
+    print_once(f"{args.threads} threads, {processes()} processes; {args.out}/config.json has all options")
     records, valid = load_splits(args)
     records = training_records(args, records)
     run, optimizer, progress = begin(args, records)

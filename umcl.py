@@ -56,7 +56,7 @@ def label_mask(image_labels, text_labels, rule):
         raise ValueError(f"labels have to be bool, not {image_labels.dtype} and {text_labels.dtype}")
     if rule not in ("equal", "subset"):
         raise ValueError(f'the rule is "equal" or "subset", not {rule!r}')
-    # Counts of findings that one side has and the other lacks: only zero matters, so any float type is exact.
+    # Counts of findings that one side has and the other lacks; only zero matters, which no float rounds.
     fits = (~image_labels).float() @ text_labels.float().T == 0
     if rule == "equal":
         fits &= image_labels.float() @ (~text_labels).float().T == 0
@@ -73,7 +73,7 @@ def contrastive_loss(
         logit_scale: () float, multiplies the cosine.
         false_negatives: (N, N) bool, True removes the pair; None is CLIP's loss. The diagonal always counts.
         more_images: (E, D) float, images without a text of their own: negatives of the N texts, but for the
-            pairs that more_removed, (E, N) bool, takes out (ours).
+            pairs that more_removed, (E, N) bool, takes out; the two go together (ours).
 
     Returns:
         () float in nats, mean of image-to-text and text-to-image.
@@ -130,7 +130,7 @@ class UMCL(nn.Module):
 
         Args:
             pieces: any number of ("image", images) and of ("text" or "prompt", input_ids, attention_mask).
-            recompute: keep no inner layer of a piece, and run it again on the way back.
+            recompute: keep no activations of a piece, and compute them again in the backward pass.
 
         Returns:
             the pieces' features one below the other, (N, D) float32, unit length; logit_scale, () float.
@@ -429,15 +429,14 @@ _SWIN_NAMES = (  # torchvision | Microsoft, timm | transformers before 5 | trans
     (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
     (r"\.attention\.(?:self\.)?(query|key|value|q_proj|k_proj|v_proj)\.", lambda m: f".attn.{m[1][0]}."),
     (r"\.attention\..*relative_position_bias_table$", ".attn.relative_position_bias_table"),
-    (r"\.(layernorm_before)\.", ".norm1."),
-    (r"\.(layernorm_after)\.", ".norm2."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
     (r"\.(mlp\.fc1|intermediate\.dense)\.", ".mlp.0."),
     (r"\.(mlp\.fc2|mlp\.3|output\.dense)\.", ".mlp.2."),
     (r"^layernorm\.", "norm."),
 )
-_NOT_OURS = re.compile(
-    r"^(head|classifier)\.|relative_position_index$|attn_mask$"
-)  # classifier heads; derived tables
+# Classifier heads and derived tables.
+_NOT_OURS = re.compile(r"^(head|classifier)\.|relative_position_index$|attn_mask$")
 
 
 def load_swin_weights(swin, state_dict):
@@ -447,7 +446,7 @@ def load_swin_weights(swin, state_dict):
         swin: a SwinTransformer of the same sizes.
         state_dict: with torchvision's, Microsoft's, timm's, transformers' or our own key names. RGB patch
             weights are summed onto one channel when the model takes one: the same as showing it the grey
-                image three times.
+            image three times.
 
     Raises:
         ValueError: something other than a classifier head is missing, left over or of another shape.

@@ -40,6 +40,7 @@ CASES = {
     "no report at all": ([[0, 1], [2, 3, 4], [5]], None),
     "no prompt at all": ([[8, 9], [10, 11], [12, 13]], None),
     "identical": ([[0, 8, 16, 17, 3], [1, 9, 18, 19], [2, 10, 20]], None),
+    "neither reports nor prompts": ([[24], [25], [26]], None),
     "absent alone": ([[24, 0, 8, 16], [25, 17], [1, 26, 27]], None),
     "absent alone, micro-batches": ([[24, 0, 8, 16], [], [1, 26, 27]], 2),
 }
@@ -87,7 +88,7 @@ def distance(got, want):
     Some gradients are zero but for rounding: a softmax does not change with the bias of its keys.
     """
     assert got.keys() == want.keys()
-    size = torch.stack([value.norm() for name, value in want.items() if name != "loss"]).norm()
+    size = torch.stack([v.norm() for name, v in want.items() if name != "loss"]).norm().clamp(min=1e-30)
     return max(((got[name] - want[name]).norm() / max(want[name].norm(), size)).item() for name in want)
 
 

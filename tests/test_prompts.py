@@ -39,9 +39,8 @@ def test_label_prompts_are_the_first_wording_in_the_template_and_those_of_zero_s
 
 
 def test_a_template_may_be_a_text_of_ones_own():
-    assert label_prompt("Edema", "a street at night, {} and 100% {x}") == (
-        "a street at night, pulmonary edema and 100% {x}"
-    )
+    expected = "a street at night, pulmonary edema and 100% {x}"
+    assert label_prompt("Edema", "a street at night, {} and 100% {x}") == expected
 
 
 @pytest.mark.parametrize("finding", FINDINGS)

@@ -244,7 +244,7 @@ def test_a_worker_that_dies_ends_the_run_with_one_sentence(run, before_step, tmp
                 os.kill(child.pid, signal.SIGKILL)
 
     before_step(kill_workers)
-    assert run("run", "--epochs", 9, "--workers", 1) == 2 and "DataLoader worker" in refusal(capsys)
+    assert run("run", "--epochs", 9, "--workers", 1) == 2 and "fewer --workers" in refusal(capsys)
     assert evaluate.load_run(tmp_path / "run" / "last.pt").findings
 
 
