@@ -250,6 +250,11 @@ def test_an_image_is_a_negative_only_of_findings_that_it_is_known_not_to_have():
     assert more["more_removed"].tolist() == [[False, True]]
 
 
+def test_reports_teach_without_any_finding(pretrain, phantoms):
+    phantoms([replace(record, report=record.id, absent=frozenset()) for record in binary(24)[1::3]])
+    assert pretrain() == 0
+
+
 def test_labels_that_tell_nothing_apart_are_refused(pretrain, phantoms, capsys):
     phantoms(binary(24)[::3])
     assert pretrain() == 2 and "no training record is left" in refusal(capsys)
@@ -328,17 +333,11 @@ def test_a_seed_gives_the_same_weights_bit_for_bit_and_training_moves_each(
     assert {"all": all(same), "not all": not all(same), "none": not any(same)}[alike]
 
 
-def test_every_epoch_is_in_training_mode(pretrain, before_step):
+def test_every_epoch_trains_and_the_temperature_stays_below_its_bound(pretrain, before_step, tmp_path):
     modes = []
-    before_step(lambda _, run, batch: modes.append((run.model.training, len(batch.rows))))
+    before_step(lambda _, run, batch: modes.append(run.model.training) or run.model.log_scale.data.fill_(9))
     pretrain("--epochs", 2, "--limit", 16)
-    assert modes == [(True, 8)] * 4
-
-
-def test_the_temperature_stays_below_its_bound(pretrain, before_step, tmp_path):
-    before_step(lambda _, run, batch: run.model.log_scale.data.fill_(9.0))
-    pretrain()
-    assert weights(tmp_path / "run")["log_scale"] <= math.log(100)
+    assert modes == [True] * 4 and weights(tmp_path / "run")["log_scale"] <= math.log(100)
 
 
 # ----------------------------------------------------------------------------- tokenizer and checkpoints
