@@ -32,7 +32,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache, lru_cache, partial
-from itertools import chain, product
+from itertools import chain, islice, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -247,9 +247,9 @@ def training_transform(size, horizontal_flip=False):
     )
 
 
-def image_files(root):
-    """Yields the paths of all image files below root."""
-    paths = (Path(folder, name) for folder, _, names in os.walk(root) for name in names)
+def image_files(root, folders=None):
+    """Yields the paths of all image files below root, or of those in the first so many folders."""
+    paths = (Path(folder, name) for folder, _, names in islice(os.walk(root), folders) for name in names)
     return (path for path in paths if path.suffix.lower() in ENDINGS)
 
 
@@ -262,7 +262,7 @@ def check_images(records, image_size):
             folder = next(parent for parent in paths[0].parents if parent.is_dir())
             raise BadInput(
                 f"none of the images of {source} is where its table says: {paths[0]} is not there, and what "
-                f"{folder} holds is {next(image_files(folder), 'no image')}"
+                f"{folder} holds is {next(image_files(folder, 1000), 'no image')}"
             )
         with suppress(BadInput):
             side = max(read_image(paths[0]).size) if paths and image_size else image_size
@@ -726,7 +726,7 @@ def phantom(root, split, limit=None):
     Training images have 0 to 3 findings. Those of the other splits have exactly one, each as often as the
     others, as in CheXpert-5x200.
     """
-    if root and not (root.isdecimal() and 0 < int(root) <= 2048):
+    if root and not (root.isdecimal() and len(root) < 5 and 0 < int(root) <= 2048):
         raise BadInput(f"phantom={root}: what may follow the name is a size in pixels, at most phantom=2048")
     size = int(root or 64)
     number = {"train": 6000, "valid": 500, "test": 1000}[split]
@@ -1104,7 +1104,7 @@ def csv_table(table, split):
     """A table of your own, or FOLDER for FOLDER/table.csv; README.md says what its columns may hold.
 
     Where the cells are blank, the id and the patient of an image are its path and its source is csv; without
-    a column of splits, they are drawn by patient. Columns of other cells are left out, which a note says.
+    a column of splits, they are drawn by patient. Columns with other cells are left out, which a note says.
     """
     table, parts, records = Path(table), {name: [] for name in SPLITS}, []
     if table.is_dir():
@@ -1134,8 +1134,8 @@ def csv_table(table, split):
 def finding_columns(table):
     """The columns whose cells are all states of a finding -> tuple; a note names those left out."""
     header, odd = (), {}
-    for where, row in read_table(table, CSV_COLUMNS[:1]):
-        header = header or tuple(name for name in row if name not in CSV_COLUMNS)
+    for where, row in read_table(table, ("image",)):
+        header = header or tuple(name for name in row if name and name not in CSV_COLUMNS)
         for name in header:
             if row[name].strip() not in (*STATE_OF, NOT_ANNOTATED):
                 odd.setdefault(name, f"{shown(name)} ({where.rpartition(', ')[2]}: {shown(row[name])})")
@@ -1255,15 +1255,13 @@ def replacing(path, mode="x"):
     """
     temporary, text = Path(f"{path}.tmp"), {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)
         with open(temporary, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(Path(path).parent, os.O_RDONLY)
-        os.fsync(folder)  # else a crash could undo the new name
-        os.close(folder)
     except (OSError, RuntimeError) as error:  # torch.save's own error does not say that the disk is full
         with suppress(OSError):
             temporary.unlink()
@@ -1340,7 +1338,7 @@ def pack(data, out, *, side, views=FRONTAL, workers=2):
     check_images([r for _, r in chosen], 0)
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()) and not (out / "bad.txt").is_file():
-        raise BadInput(f"{out} holds something else than a pack; give another --out")
+        raise BadInput(f"{out} holds files and is no pack; give another --out")
     (out / "bad.txt").touch()
     names = [hashlib.sha256(f"{r.source} {r.id}".encode()).hexdigest()[:20] for _, r in chosen]
     images = [f"images/{name[:2]}/{name}.png" for name in names]
@@ -1350,7 +1348,10 @@ def pack(data, out, *, side, views=FRONTAL, workers=2):
     for row, error in zip(rows, in_processes(partial(pack_image, side), jobs, workers), strict=True):
         if isinstance(error, OSError):  # a full disk
             raise error
-        (bad.append(str(error)) if error else kept.append(row))
+        if error:
+            bad.append(str(error))
+        else:
+            kept.append(row)
     if not kept:
         raise BadInput(f"there is nothing to pack: none of the {len(jobs)} images can be read")
     with replacing(out / "bad.txt") as file:
@@ -1369,7 +1370,7 @@ SAME = 20  # of 256 bits; REPRODUCE.md has the data sets that it was chosen on, 
 
 
 def picture_hash(image):
-    """Image of a Record -> (256,) float32 of 1 and -1; 0 where there is nothing to see."""
+    """Image of a Record -> (256,) float32 of 1 and -1; all 0 where there is nothing to compare."""
     try:
         small = read_image(image, 64).resize((64, 64), Image.Resampling.BILINEAR)
     except BadInput:
@@ -1446,7 +1447,8 @@ def read_records(data, split, limit=None):
 
     data: ["NAME" or "NAME=ROOT", ...] with names of DATASETS. split: one of SPLITS, or "all".
     limit: of phantoms, which have to be drawn, the first so many alone.
-    Refuses one id for two images, and a patient in two splits, also where two tables share a source.
+    Refuses one id for two images, and a patient in two of the splits read, which are all where tables may
+    share a source.
     """
     wanted, found = SPLITS if split == "all" else (split,), {}
     mixed = len(data) > 1 and any(spec.startswith("csv=") for spec in data)
@@ -1513,7 +1515,7 @@ def listed_records(data, ids, uncertain="ignore"):
 def summary(args):
     """Prints what data sets hold and what is wrong with them, no word of any report -> exit status."""
     missing, found = 0, []
-    for spec in args.data:
+    for spec in dict.fromkeys(args.data):
         splits = {split: read_split(spec, split) for split in SPLITS}
         missing += print_summary(spec, splits)
         found += [(spec, split, record) for split in SPLITS for record in splits[split]]
@@ -1549,6 +1551,8 @@ def protocol(args):
     records = known.read(args.table)
     refuse_repeats([record.id for record in records], f"{args.table} has the image")
     chosen = known.rule(records)
+    if not chosen:
+        raise BadInput(f"{args.table} has no image for {args.name}")
     ids, patients = [record.id for record in chosen], len({record.patient for record in chosen})
     if os.path.lexists(out) and not (out.is_file() and out.read_bytes() == "\n".join(ids).encode()):
         raise BadInput(f"{out} is there and is not this list; give another --out or delete it")
@@ -1597,7 +1601,7 @@ def build_parser():
     about = "Look into data sets, rebuild protocols, pack images."
     p = ArgumentParser(description=about, allow_abbrev=False)
     commands = p.add_subparsers(metavar="COMMAND", required=True)
-    amount, size = number_type(int, 0), number_type(int, 1, 4096)
+    amount, size = number_type(int, 0, 256), number_type(int, 1, 4096)
 
     def command(run, name, help):
         added = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
@@ -1614,7 +1618,12 @@ def build_parser():
     add = command(protocol, "protocol", "write the list of ids of an evaluation set and print its SHA-256")
     needed = "; ".join(f"{name}: --table names {known.table}" for name, known in PROTOCOLS.items())
     add("name", choices=PROTOCOLS, help=needed)
-    add("--table", required=True, metavar="FILE", help="the published table, plain, .gz or .zip")
+    add(
+        "--table",
+        required=True,
+        metavar="FILE",
+        help="the published table, plain, .gz or .zip, or as NAME says",
+    )
     add("--out", required=True, metavar="FILE")
     add = command(run_pack, "pack", "shrink every image to a PNG file once; goes on where it was stopped")
     data_options(add)

@@ -389,11 +389,15 @@ def resolve_machine(args):
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
+    # The oldest version of torch supported has no public question for these.
+    avx512, amx = torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported()
     if args.precision == "auto":
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        if device.type == "cpu":  # the oldest version of torch supported has no public question for it
-            bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        args.precision = "bf16" if bf16 else "fp32"
+        bf16 = {"cuda": torch.cuda.is_bf16_supported, "cpu": lambda: avx512 or amx}.get(device.type)
+        args.precision = "bf16" if bf16 and bf16() else "fp32"
+    if device.type == "cpu" and args.precision == "fp32" and avx512 and not amx:
+        # oneDNN's products: up to 1.9 times as fast as MKL's on AMD's processors; with AMX they would be bf16
+        torch.set_float32_matmul_precision("medium")
+        torch.backends.cuda.enable_flash_sdp(False)  # of the CPU, too: plain attention has these products
     return device
 
 
@@ -607,9 +611,9 @@ def zero_shot(run, encoded, *, prompt_set=None, combine="mean-embedding", classe
         raise Lacking("zero-shot needs labels of two classes, and these data have none")
     if valid:
         try:
-            encoded = valid()
-            labels = (each.numpy() for each in data.label_matrices(encoded.records, classes))
-            measures |= at_thresholds(found, scored(encoded, *labels))
+            chosen_by = valid()
+            labels = (each.numpy() for each in data.label_matrices(chosen_by.records, classes))
+            measures |= at_thresholds(found, scored(chosen_by, *labels))
         except BadInput as error:
             print(f"note: F1, MCC and binary accuracy are left out, for want of a threshold: {error}")
     return measures
@@ -711,7 +715,7 @@ def hit_chance(right, count, k):
 def retrieved(images, texts, by_class):
     """P@K and Hit@K, or R@K and median rank, both ways -> Measures.
 
-    images, texts: (N, D) features, (N,) int64 keys, (N,) patients each; patients of texts may be None. A
+    images, texts: (N, D) and (K, D) features, their int64 keys and patients; patients of texts may be None. A
     candidate is right where its key is the query's; each key is on both sides.
     i2t has images as queries and texts as candidates, t2i the reverse. K beyond the candidates is left out.
     """

@@ -95,19 +95,17 @@ def variants(findings, template):
     """The trained prompt and others that a user might write, most with one change (ours).
 
     They are: each template with the first wording and with a synonym; the trained prompt in upper case, with
-    a capital, with a full stop added or removed, and in quotes; and "negated", which says the opposite.
+    a capital, with a full stop added or removed, and in quotes; and "negated", which says the opposite. What
+    comes out the same, for want of a synonym, is there once.
 
     Returns:
         {variant: {finding: [text]}}, the trained prompt first.
     """
     trained = {finding: label_prompt(finding, template) for finding in findings}
-    found = {f"{template}, as trained": trained}
+    tried = {f"{template}, as trained": trained}
     for name in TEMPLATES:
         for which, change in ((0, ""), (-1, ", synonym")):
-            if (name, which) != (template, 0):
-                found[name + change] = {
-                    finding: in_template(name, wordings(finding)[which]) for finding in findings
-                }
+            tried[name + change] = {each: in_template(name, wordings(each)[which]) for each in findings}
     changes = {
         "upper case": str.upper,
         "capital": lambda text: text[0].upper() + text[1:],
@@ -115,11 +113,14 @@ def variants(findings, template):
         "quotes": lambda text: f'"{text}"',
     }
     for change, changed in changes.items():
-        texts = {finding: changed(text) for finding, text in trained.items()}
-        if texts != trained:
-            found[f"{template}, {change}"] = texts
-    found["negated"] = {finding: in_template(template, negations(finding)[0]) for finding in findings}
-    return {name: {finding: [text] for finding, text in texts.items()} for name, texts in found.items()}
+        tried[f"{template}, {change}"] = {finding: changed(text) for finding, text in trained.items()}
+    tried["negated"] = {finding: in_template(template, negations(finding)[0]) for finding in findings}
+    found = {}
+    for name, texts in tried.items():
+        texts = {finding: [text] for finding, text in texts.items()}
+        if texts not in found.values():
+            found[name] = texts
+    return found
 
 
 class ContinuousPrompt(nn.Module):

@@ -8,6 +8,7 @@
 Each function below takes the folder and gives [(split, Record), ...]; all splits are by patient.
 """
 
+import argparse
 import csv
 import json
 import os
@@ -123,22 +124,19 @@ def medpix2(root):
                 row = json.loads(line)
                 id, present = row["image"], frozenset({row["Location Category"]})
                 caption = data.as_written(row["Description"]["Caption"] or "")
-            known = {"patient": row["U_id"], "source": "medpix2", "absent": CATEGORIES - present, "id": id}
-            found.append((split, Record(root / "images" / f"{id}.png", caption, present, **known)))
+                known = {"patient": row["U_id"], "source": "medpix2", "absent": CATEGORIES - present}
+            found.append((split, Record(root / "images" / f"{id}.png", caption, present, id=id, **known)))
     return found
 
 
-READERS = {
-    "openi": openi,
-    "nih-chestxray14": nih_chestxray14,
-    "covid-chestxray": covid_chestxray,
-    "medpix2": medpix2,
-}
+READERS = {f.__name__.replace("_", "-"): f for f in (openi, nih_chestxray14, covid_chestxray, medpix2)}
 
 
 def make_table(name, root):
     """Writes root/table.csv -> number of images."""
     chosen = READERS[name](Path(root))
+    if not chosen:
+        raise BadInput(f"{root} has no image of {name}")
     images = [os.path.relpath(record.image, root) for _, record in chosen]
     with data.replacing(Path(root, "table.csv")) as file:
         csv.writer(file).writerows(data.table_rows(chosen, images))
@@ -146,9 +144,11 @@ def make_table(name, root):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] not in READERS:
-        sys.exit(__doc__)
+    parser = data.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("name", choices=READERS)
+    parser.add_argument("folder")
+    args = parser.parse_args()
     try:
-        print(f"{make_table(*sys.argv[1:]):,} images in {sys.argv[2]}/table.csv")
+        print(f"{make_table(args.name, args.folder):,} images in {args.folder}/table.csv")
     except (BadInput, OSError) as error:
-        sys.exit(f"make_table.py: {error}")
+        parser.exit(2, f"make_table.py: {error}\n")

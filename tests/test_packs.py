@@ -250,7 +250,7 @@ def test_a_folder_that_holds_something_else_is_refused_and_stays_as_it_is(spec, 
     own = Path(source(tmp_path / "own", count=3).removeprefix("csv=")).parent
     before = content(own)
     status, _, (error,) = program(*options(spec, own))
-    assert status == 2 and f"{own} holds something else than a pack; give another --out" in error
+    assert status == 2 and f"{own} holds files and is no pack; give another --out" in error
     assert content(own) == before
 
 
