@@ -110,7 +110,7 @@ def texts(lengths):
 
 
 def our_step(batch, precision, device, compiled=False):
-    """Our Swin-T and BERT-base, random; images with 1 to 3 of C findings, batched as training does, no reports."""
+    """Our Swin-T and BERT-base, random; images with 1 to 3 of C findings and no report, batched as usual."""
     flags = f"--preset paper --device {device} --precision {precision} --workers 0 --out none"
     args, names = train.parse_args(flags.split()), [f"finding {i}" for i in range(C)]
     bert = BertModel(BertConfig(), add_pooling_layer=False)
