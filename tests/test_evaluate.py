@@ -329,10 +329,15 @@ def test_evaluation_takes_the_threads_of_training_unless_told(tiny_run, tmp_path
     taken = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(torch, "set_num_threads", taken.append)
-    out = str(tmp_path / "results.json")
-    words = ["--checkpoint", str(tiny_run), "--limit", "5", "--task", "zero-shot", "--out", out]
+    words = f"--checkpoint {tiny_run} --limit 5 --task zero-shot --out {tmp_path}/r.json".split()
     assert evaluate.main(words) == evaluate.main([*words, "--threads", "3"]) == 0
     assert taken == [1, 3]
+
+
+def test_fp32_on_the_cpu_is_exact_to_float32(options):
+    evaluate.resolve_machine(options("--precision", "fp32"))
+    a, b = torch.randn(2, 200, 200, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(a @ b, (a.double() @ b.double()).float(), atol=1e-4)  # bf16 is 0.1 away
 
 
 def test_a_configuration_cannot_choose_how_attention_is_computed(tiny_run, tmp_path):

@@ -406,13 +406,6 @@ def test_covid_radiography_folders_may_differ_in_case(images, tmp_path):
     assert classes(records) == dict.fromkeys(data.COVID_CLASSES.values(), 3)
 
 
-def test_covid_radiography_goes_by_number(tmp_path):
-    root = layouts.covid_radiography(tmp_path)
-    layouts.draw(root / "COVID-19_Radiography_Dataset" / "COVID" / "images" / "COVID-10.png")
-    ids = [r.id for r in data.covid_folders(root) if r.id.startswith("COVID")]
-    assert ids == ["COVID-1", "COVID-2", "COVID-3", "COVID-10"]
-
-
 def test_covid_radiography_may_have_two_of_its_folders(tmp_path):
     spec = f"covid-radiography={layouts.covid_radiography(tmp_path, ('COVID',))}"
     assert "has COVID of the class folders COVID, Lung_Opacity, Normal" in refused(spec)
