@@ -149,8 +149,7 @@ def parse_args(argv=None):
     parser.set_defaults(preset=preset, **PRESETS[preset])
     args = parser.parse_args(argv)
     if args.template not in prompts.TEMPLATES and "{}" not in args.template:
-        known = ", ".join(prompts.TEMPLATES)
-        parser.error(f"--template {args.template!r} is none of {known} and has no {{}} in it")
+        parser.error(f"--template {args.template!r} is none of {', '.join(prompts.TEMPLATES)} and has no {{}}")
     if args.hold_out_data and not args.hold_out:
         raise BadInput("--hold-out-data says where the images of --hold-out are; name their list")
     if args.out is None:
@@ -525,7 +524,8 @@ def training_loader(run, records, steps):
     texts = [prompts.label_prompt(finding, args.template) for finding in run.findings]
     label_prompts = run.prompt_tokens(texts) if args.image_label and texts else None
     images = data.Images(records, data.training_transform(args.image_size, args.horizontal_flip))
-    collate = data.Collate(records, run.findings, label_prompts, run.tokenizer, args.max_length)
+    pieces = 1 if args.text_model == SMALL_BERT else 4  # a small BERT's calls cost more than padding does
+    collate = data.Collate(records, run.findings, label_prompts, run.tokenizer, args.max_length, pieces)
     return torch.utils.data.DataLoader(
         Batches(args, images, collate),
         batch_size=None,  # an item is a whole batch
