@@ -149,7 +149,7 @@ def parse_args(argv=None):
     parser.set_defaults(preset=preset, **PRESETS[preset])
     args = parser.parse_args(argv)
     if args.template not in prompts.TEMPLATES and "{}" not in args.template:
-        parser.error(f"--template {args.template!r} is none of {', '.join(prompts.TEMPLATES)} and has no {{}}")
+        parser.error(f"--template {args.template!r} is none of {', '.join(prompts.TEMPLATES)} and lacks {{}}")
     if args.hold_out_data and not args.hold_out:
         raise BadInput("--hold-out-data says where the images of --hold-out are; name their list")
     if args.out is None:
