@@ -969,7 +969,7 @@ def quick_scores(run, records):
 FONT = ImageFont.load_default(13)
 
 
-def gallery(run, encoded, path, rows=4, columns=3, side=224):
+def gallery(encoded, path, rows=4, columns=3, side=224):
     """Draws random query images beside their nearest reports; a green frame: exactly the same findings."""
     if not len(encoded.report_features):
         raise BadInput("a gallery needs reports, and these data have none")
@@ -1274,7 +1274,7 @@ def evaluate(args):
     if args.compare:
         print_comparison(paths, runs, results, args.all_metrics)
     if args.gallery:
-        gallery(run, encoded, args.gallery)
+        gallery(encoded, args.gallery)
     files = dict.fromkeys(map(str, outs + [args.gallery] * bool(args.gallery)))
     print(f"\nwritten: {', '.join(files)}")
 

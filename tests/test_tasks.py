@@ -365,13 +365,13 @@ GREEN, RED = (0, 128, 0), (255, 0, 0)
 
 
 @pytest.mark.parametrize(("reports", "frame"), [([[1, 0], [0, 1]], GREEN), ([[0, 1], [1, 0]], RED)])
-def test_the_gallery_frames_matches_in_green_and_others_in_red(run, tmp_path, reports, frame):
+def test_the_gallery_frames_matches_in_green_and_others_in_red(tmp_path, reports, frame):
     encoded = hand_made([[1, 0], [0, 1]], "AB", reports)
-    evaluate.gallery(run, encoded, tmp_path / "gallery.png", columns=1)
+    evaluate.gallery(encoded, tmp_path / "gallery.png", columns=1)
     colours = {colour for _, colour in Image.open(tmp_path / "gallery.png").getcolors(1 << 24)}
     assert colours & {GREEN, RED} == {frame}
     with pytest.raises(BadInput, match="needs reports"):
-        evaluate.gallery(run, encoded._replace(report_features=np.zeros((0, 2))), tmp_path / "none.png")
+        evaluate.gallery(encoded._replace(report_features=np.zeros((0, 2))), tmp_path / "none.png")
 
 
 def test_a_gallery_is_drawn_on_demand(tiny_run, tmp_path, capsys):
