@@ -258,11 +258,7 @@ MIXED = [
     record({"No Finding"}, "Normal heart, normal lungs."),
     record({"Cardiomegaly"}),
 ]
-
-
 TEXTS = [r.report for r in MIXED if r.report] + [prompts.label_prompt(name, "caption") for name in NAMES]
-
-
 TOKENIZER = evaluate.wrap_tokenizer(train.learn_tokenizer(TEXTS).to_str())
 
 

@@ -67,7 +67,8 @@ def weights(folder):
         (["--template", "x" * 300 + " {}"], "umcl-template-" + "x" * 86),
     ],
 )
-def test_a_run_is_named_after_its_flags(flags, name):
+def test_a_run_is_named_after_its_flags(flags, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no run is
     assert train.parse_args(flags).out == f"runs/{name}"
 
 
