@@ -378,7 +378,7 @@ def load_run(path, device="cpu"):
 
 
 def resolve_machine(args):
-    """Fills in --device auto and --precision auto -> torch.device, under torchrun that of this process."""
+    """Fills in --device and --precision auto, sets the CPU's matrix products -> torch.device of a process."""
     if args.device == "auto":
         found = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
         args.device = (found + ["cpu"])[0]
@@ -397,7 +397,7 @@ def resolve_machine(args):
     if device.type == "cpu" and args.precision == "fp32" and avx512 and not amx:
         # oneDNN's products: up to 1.9 times as fast as MKL's on AMD's processors; with AMX they would be bf16
         torch.set_float32_matmul_precision("medium")
-        torch.backends.cuda.enable_flash_sdp(False)  # of the CPU, too: plain attention has these products
+        torch.backends.cuda.enable_flash_sdp(False)  # the CPU's, too; plain attention uses these products
     return device
 
 

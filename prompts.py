@@ -76,8 +76,8 @@ def prompt_set(findings, name, worded=wordings):
 
     Args:
         findings: names.
-        name: a template, for one prompt a finding, as in training, or "ensemble", for
-            every wording in every template.
+        name: a template, for one prompt a finding, as in training; or "ensemble", for every wording in every
+            template.
         worded: the function wordings, or negations for prompts that say the finding is absent.
 
     Returns:

@@ -56,7 +56,7 @@ def label_mask(image_labels, text_labels, rule):
         raise ValueError(f"labels have to be bool, not {image_labels.dtype} and {text_labels.dtype}")
     if rule not in ("equal", "subset"):
         raise ValueError(f'the rule is "equal" or "subset", not {rule!r}')
-    # Counts of findings that one side has and the other lacks; only zero matters, which no float rounds.
+    # Counts of findings that one side has and the other lacks; rounding is harmless, as only zero matters.
     fits = (~image_labels).float() @ text_labels.float().T == 0
     if rule == "equal":
         fits &= image_labels.float() @ (~text_labels).float().T == 0

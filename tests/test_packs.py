@@ -40,8 +40,7 @@ def pack(spec, out, **options):
 
 def content(out):
     """{file: bytes} of a pack."""
-    files = [path for path in Path(out).rglob("*") if path.is_file()]
-    return {str(path.relative_to(out)): path.read_bytes() for path in files}
+    return {str(p.relative_to(out)): p.read_bytes() for p in Path(out).rglob("*") if p.is_file()}
 
 
 @pytest.fixture(scope="module")

@@ -53,8 +53,6 @@ KINDS = {  # what an image shows: (record, GLoRIA's rule takes it as edema, MedC
     "a device alone": (record({"Support Devices"}), False, False),
     "nothing": (record(), False, False),
 }
-
-
 RULES = {"gloria": (data.gloria_5x200, 200), "medclip": (data.medclip_5x200, 400)}
 
 
@@ -124,6 +122,8 @@ def test_rsna_has_lists_of_all_of_as_many_without_pneumonia_and_of_its_splits(tm
     assert len(set(ids["balanced"])) == len(ids["balanced"]) == 12
     for split in data.SPLITS:
         assert ids[f"gloria-{split}"] == [r.id for r in data.rsna(tmp_path, split)] != []
+    table.write_text("patientId,Target\n")
+    assert "no image for rsna-all" in program("protocol", "rsna-all", "--table", table, "--out", "no")[2]
 
 
 def test_covid_normal_reads_two_of_the_four_classes(tmp_path):

@@ -32,8 +32,7 @@ def specs(tmp_path_factory):
 
 def turn(path):
     """Writes the columns of a table in the opposite order."""
-    with path.open(newline="") as file:
-        rows = [row[::-1] for row in csv.reader(file)]
+    rows = [row[::-1] for row in csv.reader(path.read_text().splitlines())]
     with path.open("w", newline="") as file:
         csv.writer(file).writerows(rows)
 

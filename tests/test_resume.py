@@ -18,8 +18,6 @@ import data
 import evaluate
 import train
 
-FILES = ["best.pt", "config.json", "last.pt", "log.jsonl"]
-
 
 @pytest.fixture
 def flags(cases):
@@ -188,6 +186,13 @@ def test_a_signal_is_answered_with_one_sentence_and_a_state_to_go_on_from(
     assert evaluate.load_run(tmp_path / "run" / "last.pt").findings
 
 
+def test_what_nohup_ignores_stops_no_run(run, signal_at):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal_at(2, signal.SIGHUP)
+    assert run("run", "--epochs", 1) == 0
+    signal.signal(signal.SIGHUP, before)
+
+
 def test_a_second_ctrl_c_does_not_wait_for_the_step(run, before_step, tmp_path):
     before_step(lambda *_: signal.raise_signal(signal.SIGINT) or signal.raise_signal(signal.SIGINT))
     assert run("run") == 130
@@ -212,7 +217,7 @@ def test_a_full_disk_ends_with_one_sentence_and_the_checkpoint_before(
     assert run("run") == 2
     sentence = refusal(capsys)
     assert str(folder / "last.pt") in sentence and "disk" in sentence
-    assert sorted(path.name for path in folder.iterdir()) == FILES
+    assert {path.name for path in folder.iterdir()} == set("best.pt config.json last.pt log.jsonl".split())
     file_size()
     assert resume(folder) == run("whole") == 0 and same(folder, tmp_path / "whole")
 
