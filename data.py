@@ -39,7 +39,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Waiting threads spin for a moment, then sleep: to spin on costs 10 times on a busy machine (REPRODUCE.md).
+# Waiting threads spin so often, then sleep; libgomp's 300,000 is slower on a crowded machine (REPRODUCE.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 import torch
 from PIL import Image, ImageOps
@@ -79,8 +79,8 @@ class Record:
     patient: str  # of its source; no patient is in two splits
     source: str  # name of the data set
     absent: frozenset = frozenset()  # those ruled out
-    uncertain: frozenset = frozenset()  # those hedged on; `settle` empties it and the next
-    blank: frozenset = frozenset()  # those looked for and not mentioned
+    uncertain: frozenset = frozenset()  # those that are uncertain (-1); empty after `settle`
+    blank: frozenset = frozenset()  # those looked for and not mentioned; empty after `settle`
     id: str = ""  # the image's name in lists of protocols
     view: str = ""  # one of VIEWS, or "" where the source never says it
 
@@ -197,7 +197,7 @@ def read_image(image, about=None):
             if about:
                 file.draft("L", (about, about))
             return grey(file)
-    except Exception as error:  # neither library has one error for what it cannot read
+    except Exception as error:  # Pillow raises many kinds of errors for damaged files
         why = getattr(error, "strerror", None) or str(error).replace(f" {str(image)!r}", "")
         raise BadInput(f"the image {image} cannot be read ({' '.join(why.split())})") from error
 
@@ -206,19 +206,15 @@ def grey(image):
     """Any Pillow image -> one of mode "L"."""
     if not image.mode.startswith("I"):
         return image.convert("L")
-    values = np.asarray(image).astype(np.float32) / 257  # 16 bits, which Pillow would clip at 255
-    return Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+    values = np.asarray(image).astype(np.float32).clip(0)  # 10 to 16 bits, which Pillow would clip at 255
+    white = 2 ** max(8, int(values.max()).bit_length()) - 1
+    return Image.fromarray((values * (255 / white)).round().astype(np.uint8))
 
 
 def pad_to_square(image):
     """Pillow image -> (1, S, S) uint8 tensor, black on both sides of the shorter dimension."""
-    if max(image.size) > SIDE:  # padded, a long strip would fill the memory
-        image = ImageOps.contain(image, (SIDE, SIDE))
-    width, height = image.size
-    side = max(width, height)
-    left, top = (side - width) // 2, (side - height) // 2
-    margins = [left, top, side - width - left, side - height - top]
-    return v2.functional.pad(v2.functional.pil_to_tensor(image), margins)
+    side = min(max(image.size), SIDE)  # a long strip would fill the memory
+    return v2.functional.pil_to_tensor(ImageOps.pad(image, (side, side)))
 
 
 def normalise(images):
@@ -250,14 +246,13 @@ def training_transform(size, horizontal_flip=False):
 def image_files(root, folders=None):
     """Yields the paths of all image files below root, or of those in the first so many folders."""
     paths = (Path(folder, name) for folder, _, names in islice(os.walk(root), folders) for name in names)
-    return (path for path in paths if path.suffix.lower() in ENDINGS)
+    return (path for path in paths if path.suffix.lower() in ENDINGS and path.name[0] != ".")  # ._ of macOS
 
 
 def check_images(records, image_size):
-    """Refuses a data set of which no image is found, looking for some twenty; notes a small first image."""
+    """Refuses a data set of which no image is found; notes a first image that is smaller than the model's."""
     for source in dict.fromkeys(record.source for record in records):
-        images = [record.image for record in records if record.source == source]
-        paths = [image for image in images[:: len(images) // 20 + 1] if isinstance(image, Path)]
+        paths = [r.image for r in records if r.source == source and isinstance(r.image, Path)]
         if paths and not any(path.exists() for path in paths):
             folder = next(parent for parent in paths[0].parents if parent.is_dir())
             raise BadInput(
@@ -417,11 +412,14 @@ def readable(loader):
 
 def end_workers(batches):
     """Kills the loading processes of an iterator: they ignore SIGTERM, and one that is stuck never ends."""
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's own calls their end an error
+    handler = signal.getsignal(signal.SIGCHLD)
+    with suppress(ValueError):  # only the main thread may set handlers
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would report killed workers as a crash
     for worker in getattr(batches, "_workers", ()):
         worker.kill()
         worker.join(1)
-    signal.signal(signal.SIGCHLD, handler)
+    with suppress(ValueError):
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def to_device(batch, device):
@@ -443,7 +441,7 @@ def to_device(batch, device):
 # Anatomy is drawn in the patient's frame: x and y from -1 to 1, y downwards, x to the right of the image,
 # which is the patient's left. `out` = |x| is the distance from the midline, so one formula draws both lungs.
 
-PHANTOM_FINDINGS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
+PHANTOM_FINDINGS = COMPETITION
 
 # How hard the phantoms are.
 TRACE = 0.08  # a healthy chest is not blank: each absent finding is drawn at a strength of up to this
@@ -726,7 +724,7 @@ def phantom(root, split, limit=None):
     Training images have 0 to 3 findings. Those of the other splits have exactly one, each as often as the
     others, as in CheXpert-5x200.
     """
-    if root and not (root.isdecimal() and len(root) < 5 and 0 < int(root) <= 2048):
+    if root and not (root.isdecimal() and 0 < int(root) <= 2048):
         raise BadInput(f"phantom={root}: what may follow the name is a size in pixels, at most phantom=2048")
     size = int(root or 64)
     number = {"train": 6000, "valid": 500, "test": 1000}[split]
@@ -748,7 +746,7 @@ def phantom(root, split, limit=None):
 
 
 # ==========================================================================================================
-# Whoever reads beside the paper can stop here: what follows is for those who hold the data.
+# If you read this beside the paper, you can stop here. The rest reads and checks real data sets.
 # ==========================================================================================================
 
 # ------------------------------------------------------------------------------------- tables and reports
@@ -757,7 +755,7 @@ def phantom(root, split, limit=None):
 @contextmanager
 def reading(path, place=""):
     """Turns every error of reading a file into a BadInput: file, place in it, what is wrong, way out."""
-    at = SimpleNamespace(place=place)  # whoever goes on in the file moves it
+    at = SimpleNamespace(place=place)  # the caller updates it while reading
     try:
         yield at
     except BadInput:
@@ -794,7 +792,7 @@ def read_lines(path):
 def shown(cell):
     """A cell in an error: a state or a name, which has a digit and no blank. Others may be a report."""
     known = len(cell) <= 12 or cell in CHEXPERT or re.fullmatch(r"\S*\d\S*", cell[:200])
-    return repr(cell[:200]) if known else f"of {len(cell)} letters"
+    return repr(cell[:200]) if known else f"of {len(cell)} characters"
 
 
 def refuse_repeats(names, where):
@@ -813,7 +811,7 @@ def read_table(path, columns=()):
     """
     rows = csv.reader((line for _, line in read_lines(path)), strict=True)
     with reading(path) as at:
-        header = next(rows, [])
+        header = [name.strip() for name in next(rows, [])]
         there = ", ".join(name if len(name) <= 12 or name in CHEXPERT else "..." for name in header)
         for name in columns:
             if name not in header:
@@ -892,8 +890,8 @@ def join(*sections):
     return " ".join(filter(None, map(clean, filter(None, sections)))) or None
 
 
-def pick_split(splits, split):
-    """One of {split: records}, after a check that no patient of a source is in two of them."""
+def check_patients(splits):
+    """Refuses {split: records} in which a patient of a source is in two splits."""
     owner = {}
     for name, records in splits.items():
         for r in records:
@@ -901,7 +899,6 @@ def pick_split(splits, split):
             if first != name:
                 where = f"the splits {first!r} and {name!r}; each patient belongs in one"
                 raise BadInput(f"patient {shown(r.patient)} of {r.source} is in {where}")
-    return splits[split]
 
 
 def split_by_patient(records, shares=(0.7, 0.1, 0.2), seed=0):
@@ -959,6 +956,8 @@ def mimic_cxr(root, split):
     records = mimic_table(metadata, {"valid": "validate"}.get(split, split))
     reports = mimic_reports(root, list(dict.fromkeys(os.path.dirname(record.id) for record in records)))
     texts = [reports.get(os.path.dirname(r.id)) for r in records]
+    if not any(texts):
+        note(f"{root} has no report of the split {split!r}; images and labels are used")
     return [replace(r, image=metadata.parent / r.id, report=t) for r, t in zip(records, texts, strict=True)]
 
 
@@ -991,8 +990,8 @@ def mimic_reports(root, studies):
         if archive:
             base = zipfile.Path(archive)
         else:
-            some = (find(root, f"{study}.txt") for study in studies[:: len(studies) // 50 + 1])
-            base = next((file.parents[3] for file in some if file), None)  # the folder of files/
+            bases = [path.parent for depth in range(3) for path in Path(root).glob("*/" * depth + "files")]
+            base = next((b for study in studies for b in bases if (b / f"{study}.txt").is_file()), None)
         for study in studies if base else ():
             file, at.place = base / f"{study}.txt", f", {study}.txt,"
             if file.is_file():
@@ -1045,7 +1044,8 @@ def rsna(root, split):
 
     Target 0 is no pneumonia, which is not "No Finding"; stage_2_detailed_class_info.csv says which is.
     """
-    details, images, records = find_table(root, "stage_2_detailed_class_info.csv"), images_under(root), []
+    details, records = find_table(root, "stage_2_detailed_class_info.csv"), []
+    images = images_under(root) | images_under(Path(root, "stage_2_train_images"))
     rows = read_table(details, ("patientId", "class")) if details.exists() else ()
     normal = {row["patientId"] for _, row in rows if row["class"] == "Normal"}
     for r in gloria_split(rsna_table(find_table(root, "stage_2_train_labels.csv")))[split]:
@@ -1086,6 +1086,8 @@ def covid_folders(root):
     there = f"{root} has {' and '.join(folders) or 'none'} of the class folders {', '.join(COVID_CLASSES)}"
     if len(folders) < 2:
         raise BadInput(f"{there}; covid-radiography needs at least two")
+    if len(folders) < len(COVID_CLASSES):
+        note(f"{there}; these are used")
     records = []
     for name, folder in folders.items():
         images = images_under(folder / "images" if (folder / "images").is_dir() else folder)
@@ -1118,7 +1120,7 @@ def csv_table(table, split):
         image, view, part = cell["image"], cell["view"].upper(), cell["split"].lower()
         part = called.get(part, part)
         if Path(image).suffix.lower() not in ENDINGS:
-            raise BadInput(f"{where}, names no image, that is no file that ends with {', '.join(ENDINGS)}")
+            raise BadInput(f"{where}: the image {shown(image)} does not end with {', '.join(ENDINGS)}")
         if view and view not in VIEWS:
             raise BadInput(f"{where}: the view {shown(cell['view'])} is none of {', '.join(VIEWS)}")
         if "split" in row and part not in parts:
@@ -1128,7 +1130,8 @@ def csv_table(table, split):
         records.append(Record(Path(table.parent, image), as_written(cell["report"]), **known))
         if "split" in row:
             parts[part].append(records[-1])
-    return pick_split(parts if any(parts.values()) else split_by_patient(records), split)
+    check_patients(parts)
+    return (parts if any(parts.values()) else split_by_patient(records))[split]
 
 
 def finding_columns(table):
@@ -1137,7 +1140,7 @@ def finding_columns(table):
     for where, row in read_table(table, ("image",)):
         header = header or tuple(name for name in row if name and name not in CSV_COLUMNS)
         for name in header:
-            if row[name].strip() not in (*STATE_OF, NOT_ANNOTATED):
+            if row[name].strip() not in STATE_OF and row[name].strip() != NOT_ANNOTATED:
                 odd.setdefault(name, f"{shown(name)} ({where.rpartition(', ')[2]}: {shown(row[name])})")
     if odd:
         few = ", ".join([*odd.values()][:5])
@@ -1215,9 +1218,9 @@ def balanced(records, finding, seed=0, number=None):
 
 
 class Protocol(NamedTuple):
-    table: str  # what --table has to name
-    read: object  # that -> all records
-    rule: object  # these -> those of the list; its seed is that of the published list where there is one
+    table: str  # what --table takes, for the help text
+    read: object  # function: --table -> all records
+    rule: object  # function: all records -> the chosen ones, by the published list's seed if there is one
 
 
 RSNA = "RSNA's stage_2_train_labels.csv", rsna_table
@@ -1297,13 +1300,14 @@ def in_processes(work, jobs, workers):
 
 
 def pack_image(side, job):
-    """Writes the image of a Record as a grey PNG file of side x side pixels, unless it is there and whole.
+    """Writes the image of a Record as a grey PNG file of side x side pixels, unless it is there and newer.
 
     job: (image, file). Returns None or the error: those of loading processes would arrive as tracebacks.
     """
     image, file = job
-    with suppress(BadInput):  # not there, or cut short when an earlier run was stopped
-        if read_image(file).size == (side, side):
+    with suppress(BadInput, OSError):  # not there, or cut short when an earlier run was stopped
+        changed = isinstance(image, Path) and image.exists() and image.stat().st_mtime > file.stat().st_mtime
+        if not changed and read_image(file).size == (side, side):
             return None
     try:
         pixels = evaluation_transform(side)(read_image(image))
@@ -1327,12 +1331,12 @@ def table_rows(chosen, images):
 def pack(data, out, *, side, views=FRONTAL, workers=2):
     """Shrinks every image to `side` pixels a side, once, and writes a table; goes on where it was stopped.
 
-    An image that is there, whole and of that size stays. Returns (number of images in the table, sentences on
-    those that cannot be read, also in bad.txt).
+    An image that is there, whole, of that size and newer than its source stays. Returns (number of images in
+    the table, sentences on those that cannot be read, also in bad.txt).
     """
     out = Path(out)
-    splits = {split: list(chain(*read_records(data, split).values())) for split in SPLITS}
-    pick_split(splits, SPLITS[0])  # csv_table would refuse a patient in two splits, so do it before the work
+    splits = {split: [r for spec in data for r in read_split(spec, split)] for split in SPLITS}
+    check_patients(splits)
     refuse_repeats([r.id for r in chain(*splits.values())], f"{' and '.join(data)} has the image")
     chosen = [(split, r) for split, records in splits.items() for r in in_views(records, views)]
     check_images([r for _, r in chosen], 0)
@@ -1447,15 +1451,15 @@ def read_records(data, split, limit=None):
 
     data: ["NAME" or "NAME=ROOT", ...] with names of DATASETS. split: one of SPLITS, or "all".
     limit: of phantoms, which have to be drawn, the first so many alone.
-    Refuses one id for two images, and a patient in two of the splits read, which are all where tables may
-    share a source.
+    Refuses a patient in two of the splits that are read. Where a csv table is mixed with other data these are
+    all splits, since both may have the same patients.
     """
     wanted, found = SPLITS if split == "all" else (split,), {}
     mixed = len(data) > 1 and any(spec.startswith("csv=") for spec in data)
     for part in SPLITS if mixed else wanted:
         specs = data if part in wanted else [spec for spec in data if not spec.startswith("phantom")]
         found[part] = {spec: read_split(spec, part, limit) for spec in specs}
-    pick_split({part: list(chain(*records.values())) for part, records in found.items()}, wanted[0])
+    check_patients({part: [*chain(*records.values())] for part, records in found.items()})
     return {spec: [record for part in wanted for record in found[part][spec]] for spec in data}
 
 
@@ -1472,8 +1476,8 @@ def usable(found, split, limit=None, *, views=FRONTAL, uncertain="ignore"):
     """
     records, lacking = [], []
     for spec, read in found.items():
-        kept = [settle(record, uncertain) for record in in_views(read, views)]
-        records += kept[:limit]
+        kept = [settle(record, uncertain) for record in in_views(read, views)[:limit]]
+        records += kept
         if not kept:
             without = f" with the view {' or '.join(views)}, see --views" if read else ""
             lacking.append(f"{spec.partition('=')[0]} has no record in its split {split!r}{without}")
@@ -1519,7 +1523,7 @@ def summary(args):
         splits = {split: read_split(spec, split) for split in SPLITS}
         missing += print_summary(spec, splits)
         found += [(spec, split, record) for split in SPLITS for record in splits[split]]
-    pick_split({split: [r for _, s, r in found if s == split] for split in SPLITS}, SPLITS[0])
+    check_patients({split: [r for _, s, r in found if s == split] for split in SPLITS})
     copied = args.copies and print_copies(found, args.workers)
     return 1 if missing or copied else 0
 
@@ -1610,7 +1614,7 @@ def build_parser():
 
     def data_options(add):
         add("--data", nargs="+", required=True, metavar="NAME=ROOT", help=", ".join(DATASETS))
-        add("--workers", type=amount, default=os.cpu_count(), help="processes that read images")
+        add("--workers", type=amount, default=min(os.cpu_count(), 16), help="processes that read images")
 
     add = command(summary, "summary", "count what is there and check it; status 1 where a check fails")
     data_options(add)
@@ -1618,12 +1622,7 @@ def build_parser():
     add = command(protocol, "protocol", "write the list of ids of an evaluation set and print its SHA-256")
     needed = "; ".join(f"{name}: --table names {known.table}" for name, known in PROTOCOLS.items())
     add("name", choices=PROTOCOLS, help=needed)
-    add(
-        "--table",
-        required=True,
-        metavar="FILE",
-        help="the published table, plain, .gz or .zip, or as NAME says",
-    )
+    add("--table", required=True, metavar="FILE", help="the published table, or what NAME says, above")
     add("--out", required=True, metavar="FILE")
     add = command(run_pack, "pack", "shrink every image to a PNG file once; goes on where it was stopped")
     data_options(add)

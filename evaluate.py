@@ -55,9 +55,11 @@ def label_sets(*labels):
 
 
 def shares_at_k(similarity, query_sets, candidate_sets, ks):
-    """P@K of each query: the share of relevant candidates among its K nearest. Ties and NaN count against it.
+    """P@K of each query: the share of relevant candidates among its K nearest (family: GLoRIA).
 
-    (Q, K) float, (Q,) and (K,) int64 of label_sets -> (Q, len(ks)) float. Raises ValueError: K < max(ks).
+    A candidate is relevant when its findings equal the query's, never without findings; ties and NaN count
+    against the query. (Q, K) float, (Q,) and (K,) int64 of label_sets -> (Q, len(ks)) float.
+    Raises ValueError: K < max(ks).
     """
     similarity = torch.as_tensor(similarity).double()
     if max(ks) > similarity.shape[1]:
@@ -70,16 +72,6 @@ def shares_at_k(similarity, query_sets, candidate_sets, ks):
     return torch.stack([hits[:, :k].mean(1) for k in ks], 1)
 
 
-def precision_at_k(similarity, query_labels, candidate_labels, ks=(1, 2, 5, 10)):
-    """Class-level Precision@K: the mean of shares_at_k over the queries (family: GLoRIA).
-
-    A candidate is relevant when its findings equal the query's, never without findings. The query's own text
-    stays among the candidates. (Q, K) float, larger is nearer, (Q, C) bool, (K, C) bool -> {k: float}
-    """
-    shares = shares_at_k(similarity, *label_sets(query_labels, candidate_labels), ks)
-    return dict(zip(ks, shares.mean(0).tolist(), strict=True))
-
-
 def partner_rank(similarity, query_ids, candidate_ids):
     """0-based rank of the query's own partner, the nearest candidate of its id; ties, NaN count against it.
 
@@ -89,16 +81,6 @@ def partner_rank(similarity, query_ids, candidate_ids):
     own = query_ids[:, None] == candidate_ids
     nearest = similarity.nan_to_num(-torch.inf).masked_fill(~own, -torch.inf).amax(1, keepdim=True)
     return (~(similarity < nearest) & ~own).sum(1)
-
-
-def recall_at_k(similarity, ks=(1, 5, 10)):
-    """Instance-level Recall@K: the share of queries whose own partner is among their K nearest.
-
-    (N, N) float, row i belongs to column i -> {k: float}. Copies of a text are wrong answers to each other.
-    """
-    ids = torch.arange(len(similarity))
-    rank = partner_rank(similarity, ids, ids)
-    return {k: (rank < k).double().mean().item() for k in ks}
 
 
 def in_chunks(function, queries, candidates, of_query, cells=2**22):
@@ -267,6 +249,11 @@ class Run(NamedTuple):
     def device(self):
         return self.model.log_scale.device
 
+    @property
+    def batch_size(self):
+        """Images or texts to encode at a time."""
+        return self.args.micro_batch_size or self.args.batch_size
+
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16")
 
@@ -392,12 +379,12 @@ def resolve_machine(args):
     # The oldest version of torch supported has no public question for these.
     avx512, amx = torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported()
     if args.precision == "auto":
-        bf16 = {"cuda": torch.cuda.is_bf16_supported, "cpu": lambda: avx512 or amx}.get(device.type)
-        args.precision = "bf16" if bf16 and bf16() else "fp32"
-    if device.type == "cpu" and args.precision == "fp32" and avx512 and not amx:
+        cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.precision = "bf16" if cuda or device.type == "cpu" and (avx512 or amx) else "fp32"
+    if device.type == "cpu" and avx512 and not amx:
         # oneDNN's products: up to 1.9 times as fast as MKL's on AMD's processors; with AMX they would be bf16
         torch.set_float32_matmul_precision("medium")
-        torch.backends.cuda.enable_flash_sdp(False)  # the CPU's, too; plain attention uses these products
+        torch.backends.cuda.enable_flash_sdp(False)  # the CPU's, too: its backward pass is slow in bf16
     return device
 
 
@@ -435,7 +422,7 @@ def encode(run, records):
     findings = data.vocabulary(records)
     loader = torch.utils.data.DataLoader(
         data.Images(records, data.evaluation_transform(run.args.image_size)),
-        run.args.batch_size,
+        run.batch_size,
         num_workers=run.args.workers,
         worker_init_fn=data.ignore_signals,
         timeout=data.PATIENCE if run.args.workers else 0,
@@ -478,8 +465,8 @@ def encode_texts(run, texts, as_prompts=False):
     tokens_of = run.prompt_tokens if as_prompts else report_tokens
     encode_part = run.model.encode_prompt if as_prompts else run.model.encode_text
     features = []
-    for i in range(0, len(texts), run.args.batch_size):
-        tokens = data.to_device(tokens_of(texts[i : i + run.args.batch_size]), run.device)
+    for i in range(0, len(texts), run.batch_size):
+        tokens = data.to_device(tokens_of(texts[i : i + run.batch_size]), run.device)
         with run.autocast():
             features.append(encode_part(*tokens))
     return finite_features(features)
@@ -667,7 +654,7 @@ def classification(scored):
 def at_thresholds(scored, valid):
     """F1, MCC and accuracy of each finding, predicted where its score reaches a threshold -> Measures.
 
-    The threshold has the best F1 on the validation split. Chance is the better of two answers: always, never.
+    The threshold has the best F1 on the validation split. Chance is the better of all-yes and all-no.
     """
     best = by_finding("threshold", best_threshold, valid)
     thresholds = {name: best[key].value for name in scored.names if (key := f"threshold {name}") in best}
@@ -757,8 +744,10 @@ def retrieval(run, encoded, *, sentences=None, training=None):
         single = encoded.present.sum(1) == 1
         if not single.any():
             raise Lacking("sentences need images with exactly one finding, and these data have none")
-        texts, text_labels = class_sentences(training(), encoded.findings, sentences)
-        image_sets, text_sets = label_sets(encoded.present[single], text_labels)
+        columns = np.flatnonzero(encoded.present[single].any(0))
+        findings = [encoded.findings[column] for column in columns]
+        texts, text_labels = class_sentences(training(), findings, sentences)
+        image_sets, text_sets = label_sets(encoded.present[single][:, columns], text_labels)
         texts = torch.as_tensor(encode_texts(run, texts)), text_sets, None
         return retrieved((images[single], image_sets, patients[single]), texts, by_class=True)
     if not len(encoded.report_features):
@@ -924,16 +913,17 @@ def prompt_words(run, encoded):
         features = encode_texts(run, texts, as_prompts)
         cosine = reports @ features.T
         own = cosine[labels]
-        others = (cosine.sum(1) - own) / max(1, len(texts) - 1)
-        for name, metric, rows in (
-            ("distance to the reports", partial(gap, features.mean(0)), reports),
-            ("cosine with the own reports", np.mean, own),
-            ("cosine with other reports", np.mean, others),
-        ):
+        found = {
+            "distance to the reports": (partial(gap, features.mean(0)), reports),
+            "cosine with the own reports": (np.mean, own),
+        }
+        if len(texts) > 1:
+            found["cosine with other reports"] = np.mean, (cosine.sum(1) - own) / (len(texts) - 1)
+        for name, (metric, rows) in found.items():
             measures[f"{name}, {way}"] = Measure(metric, (rows,), patients=patients)
     if run.model.prompt is not None:
         norms = run.model.prompt.context.detach().norm(dim=1).cpu().numpy()
-        measures["norm of the vectors"] = Measure(np.mean, (norms,))
+        measures["norm of the vectors"] = Measure(np.mean, (norms.mean(keepdims=True),))  # one row in any run
     return measures
 
 
@@ -1072,7 +1062,7 @@ def build_parser():
                         "--findings in training, or all of the data")
     s = p.add_mutually_exclusive_group()
     s.add_argument("--prompt-set", choices=[*prompts.TEMPLATES, "ensemble"],
-                   help="zero-shot prompts; default the trained template; ensemble: all there are")
+                   help="zero-shot prompts; default the trained template; ensemble: every wording in each")
     s.add_argument("--prompts", dest="prompt_set", metavar="FILE.json",
                    help="or your own, {finding: [text, ...]}; see evaluate.py::read_prompts")
     p.add_argument("--combine", choices=COMBINE, default="mean-embedding", help="several prompts of a class")
@@ -1081,7 +1071,7 @@ def build_parser():
                         "trained on, instead of the images' reports")
     p.add_argument("--fractions", type=number_type(float, 0.001, 100), nargs="+", default=(1, 10, 100),
                    metavar="PERCENT", help="of the training patients, for linear-probe")
-    p.add_argument("--repeats", type=positive, default=5, help="draws of each of them but 100")
+    p.add_argument("--repeats", type=positive, default=5, help="draws of patients for each of them but 100")
     p.add_argument("--out", metavar="FILE.json", help="results, default RUN/results.json")
     p.add_argument("--all-metrics", action="store_true", help="print all rows, not the main ones alone")
     p.add_argument("--gallery", metavar="FILE.png", help="draw images and the reports that they retrieve")

@@ -48,7 +48,7 @@ TEMPLATES = {
 
 
 def wordings(finding):
-    """The wordings of a finding -> tuple of str, the trained one first; underscores become blanks."""
+    """The wordings of a finding -> tuple of str, the trained one first; underscores become spaces."""
     return WORDINGS.get(finding, (finding.replace("_", " "),))
 
 
@@ -95,8 +95,8 @@ def variants(findings, template):
     """The trained prompt and others that a user might write, most with one change (ours).
 
     They are: each template with the first wording and with a synonym; the trained prompt in upper case, with
-    a capital, with a full stop added or removed, and in quotes; and "negated", which says the opposite. What
-    comes out the same, for want of a synonym, is there once.
+    a capital, with a full stop added or removed, and in quotes; and "negated", which says the opposite.
+    Variants of the same text are there once.
 
     Returns:
         {variant: {finding: [text]}}, the trained prompt first.

@@ -54,7 +54,7 @@ PRESETS = {  # REPRODUCE.md compares the values of "paper" with those of the fam
     "small": dict(  # minutes on two cores, both towers from scratch: phantoms and small data sets
         image_size=64, patch_size=8, swin_dim=64, swin_depths=[2, 2], swin_heads=[2, 4], window_size=4,
         drop_path=0.0, text_model=SMALL_BERT, max_length=96, embed_dim=128,
-        batch_size=32, epochs=6, lr=1e-3, weight_decay=0.05, workers=1, precision="fp32",
+        batch_size=32, epochs=6, lr=1e-3, weight_decay=0.05, workers=1, precision="auto",
         threads=1,  # two are no faster at these sizes, and far slower where other programs run
     ),
     "paper": dict(  # Swin-T and Bio_ClinicalBERT
@@ -91,18 +91,18 @@ def build_parser():
 
     add = p.add_argument_group("ablations").add_argument
     add("--continuous-prompt", action=on_off, default=True, help="off: the template alone")
-    add("--prompt-length", type=natural, default=32, help="paper: 16 and 64 are worse than in between")
+    add("--prompt-length", type=natural, default=32, help="vectors; paper: 16 and 64 are worse than between")
     add("--template", default="caption",
         help=f"around the finding: {', '.join(prompts.TEMPLATES)}, or a text of yours with {{}}")
     add("--label-mask", choices=("both", "reports", "prompts", "identical", "none"), default="both",
-        help="texts that labels take out of the negatives; identical: equal texts alone; none: CLIP's loss")
+        help="texts whose same-label pairs are no negatives; identical: only equal texts; none: CLIP's loss")
     add("--no-label-mask", dest="label_mask", action="store_const", const="none", help="--label-mask none")
     add("--image-text", action=on_off, default=True, help="off: no report is read")
     add("--image-label", action=on_off, default=True, help="off: no label prompt is made")
     add("--prompt-weight", type=number_type(float, 0), default=1.0, help="lambda of the prompts' loss (ours)")
 
     add = p.add_argument_group("model").add_argument
-    add("--image-size", type=size, help="pixels a side; more helps fine findings and costs squared")
+    add("--image-size", type=size, help="pixels a side; the cost grows with its square")
     add("--patch-size", type=size, help="pixels a side of a patch; larger is faster and coarser")
     add("--swin-dim", type=size, help="channels of the first stage")
     add("--swin-depths", type=number_type(int, 0, 100), nargs="+", help="blocks of each stage")
@@ -112,7 +112,7 @@ def build_parser():
     add("--image-weights", metavar="FILE",
         help="pre-trained Swin with torchvision's, Microsoft's, timm's or transformers' key names")
     add("--text-model", metavar="NAME_OR_FOLDER", help=f'a pre-trained BERT, or "{SMALL_BERT}" from scratch')
-    add("--max-length", type=number_type(int, 3, 4096), help="word pieces of a text; the others are cut off")
+    add("--max-length", type=number_type(int, 3, 4096), help="longest text in tokens; the rest is cut off")
     add("--embed-dim", type=number_type(int, 1, 2**16), help="size of the shared space")
 
     add = p.add_argument_group("training").add_argument
@@ -121,8 +121,9 @@ def build_parser():
     add("--lr", type=number_type(float, 0), help="peak; small towers from scratch take more than pre-trained")
     add("--weight-decay", type=share, help="none on norms, biases, temperature, prompt")
     add("--warmup", type=share, default=0.1, help="share of the steps with a rising learning rate")
-    add("--clip", type=number_type(float, 1e-9), default=1.0, help="largest norm of the gradient")
-    add("--horizontal-flip", action=on_off, default=False, help='contradicts "left" in a report')
+    add("--clip", type=number_type(float, 1e-9), default=1.0, help="clip the gradient to this norm")
+    add("--horizontal-flip", action=on_off, default=False,
+        help='mirror half of the training images; contradicts "left" in a report')
 
     add = p.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -605,7 +606,7 @@ def begin(args, records):
 
 @contextlib.contextmanager
 def signals_noted():
-    """Notes STOP_SIGNALS, but for what nohup ignores, to be answered between steps; a second Ctrl-C acts."""
+    """Collects STOP_SIGNALS that are not ignored, as by nohup; after the first, Ctrl-C interrupts at once."""
     noted = []
 
     def note(number, _frame):
@@ -653,7 +654,7 @@ class Recorder:
             self.validate()
 
     def write(self, line):
-        """One object into log.jsonl; JSON has no word for what is not finite."""
+        """One object into log.jsonl; NaN and infinity, which JSON lacks, become null."""
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         self.log.write(json.dumps(line) + "\n")
         self.log.flush()
@@ -733,10 +734,7 @@ def train(args):
 
     with signals_noted() as noted, contextlib.closing(recorder) if recorder else contextlib.nullcontext():
         for step, batch in enumerate(data.readable(loader), done + 1):
-            if processes() > 1 and (step - 1) % per_epoch == 0:
-                dist.barrier()  # until the first has validated
-            if processes() == 1 or step % args.log_every == 0:
-                stop = max(sum(from_all_ranks(noted), []), default=0)
+            stop = max(sum(from_all_ranks(noted), []), default=0)  # waits while the first process validates
             if stop:
                 break
             lr, seed = lr_at(step - 1, steps, warmup, args.lr), seed_for(args.seed, "step", step, rank())
@@ -762,7 +760,7 @@ def main(argv=None):
         return train(parse_args(argv))
     except (BadInput, OSError) as error:  # OSError: a full disk, a folder that cannot be written
         said = error
-    except (RuntimeError, MemoryError) as error:  # torch has no others for what happens elsewhere
+    except (RuntimeError, MemoryError) as error:  # torch's, for a lost process and for want of memory
         if re.search("gloo|NCCL|Connection", str(error), re.I):
             said = f"another process has ended or does not answer; its message says why ({error})"
         elif re.search("memory|DataLoader", repr(error), re.I):

@@ -5,15 +5,16 @@ abstract or a summary of it), *family* (what the papers it builds on do) or *our
 equations and lists all of these choices.
 
 Symbol            Name here                        Shape and type
-B, H, W, D, L     -                                batch, height, width, embedding, tokens
+B, N              -                                images of a batch; those that have a text
+H, W, D, L        -                                height, width, embedding, tokens
 C                 -                                findings, "No Finding" among them
 x_i               images                           (B, 1, H, W) float
 t_i               input_ids, attention_mask        (B, L) int64
 y_i               labels                           (B, C) bool; a row without any is unknown
-v_i, u_j          image_features, text_features    (B, D) float, unit length
+v_i, u_j          image_features, text_features    (N, D) float, unit length
 τ                 logit_scale                      () float, at most 100, multiplies the cosine
-s_ij              logits                           (B, B) float, row = image, column = text
-F_ij              false_negatives                  (B, B) bool, True = text j could as well describe image i
+s_ij              logits                           (N, N) float, row = image, column = text
+F_ij              false_negatives                  (N, N) bool, True = text j could as well describe image i
 p_1 ... p_M       ContinuousPrompt.context         (prompt_length, hidden) float, in prompts.py
 M (Swin)          window_size                      positions a side of one attention window
 
@@ -50,7 +51,7 @@ def label_mask(image_labels, text_labels, rule):
         (N, T) bool. A row without any label is unknown and is never True.
 
     Raises:
-        ValueError: another rule, or labels that are not bool: of integers, ~ would be something else.
+        ValueError: another rule, or labels that are not bool (of integers, ~ flips the bits).
     """
     if image_labels.dtype != torch.bool or text_labels.dtype != torch.bool:
         raise ValueError(f"labels have to be bool, not {image_labels.dtype} and {text_labels.dtype}")
@@ -150,14 +151,14 @@ class UMCL(nn.Module):
         """(B, in_chans, H, W) float -> v (B, D) float32, unit length."""
         return self.project_image(self.image_encoder(images))
 
-    def encode_text(self, input_ids, attention_mask):
+    def encode_text(self, input_ids, attention_mask, prompt=None):
         """Reports: (B, L) int64, (B, L) -> u (B, D) float32, unit length."""
-        return F.normalize(self.text_projection(self.text_encoder(input_ids, attention_mask)).float(), dim=-1)
+        hidden = self.text_encoder(input_ids, attention_mask, prompt)
+        return F.normalize(self.text_projection(hidden).float(), dim=-1)
 
     def encode_prompt(self, input_ids, attention_mask):
         """Label prompts, continuous prompt put in: (B, L) int64, (B, L) -> u (B, D) float32, unit length."""
-        hidden = self.text_encoder(input_ids, attention_mask, self.prompt)
-        return F.normalize(self.text_projection(hidden).float(), dim=-1)
+        return self.encode_text(input_ids, attention_mask, self.prompt)
 
     def logit_scale(self):
         """τ: () float, exp of the learned log-scale, at most 100 (family: CLIP)."""

@@ -1,6 +1,5 @@
 """How fast a training step and its parts are, each beside the same thing built otherwise. Run by hand.
 
-    python tests/bench_step.py                                           every row
     python tests/bench_step.py --rows step --batch-sizes 32 --repeats 3  one row
     python tests/bench_step.py --device cuda --batch-sizes 256 --compile --profile
 
@@ -175,6 +174,7 @@ def serve(connection, make, args):
     cuda = args.device == "cuda"
     wait = torch.cuda.synchronize if cuda else lambda: None
     torch.set_num_threads(args.threads)
+    train.evaluate.resolve_machine(argparse.Namespace(device=args.device, precision="auto"))  # as a run does
     torch.manual_seed(0)
     call = make(device=args.device)
     with FlopCounterMode(display=False) as counter:
@@ -251,10 +251,9 @@ def step_rows(args):
 
 def profile(args):
     """The ten operations of our step that cost most."""
-    kind = torch.profiler.ProfilerActivity
     step = our_step(args.batch_sizes[0], "bf16", args.device)
     step()
-    with torch.profiler.profile(activities=[kind.CPU] + [kind.CUDA] * (args.device == "cuda")) as found:
+    with torch.profiler.profile() as found:
         step()
     print(found.key_averages().table(sort_by=f"self_{args.device}_time_total", row_limit=10))
 

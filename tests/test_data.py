@@ -157,9 +157,10 @@ def palette_image():
         (Image.fromarray(GREY).convert("LA"), GREY),
         (palette_image(), GREY),
         (Image.fromarray(GREY.astype(np.uint16) * 257), GREY),
+        (Image.fromarray(GREY.astype(np.uint16) * 16 + GREY // 16), GREY),
         (Image.fromarray(GREY > 100), np.where(GREY > 100, 255, 0)),
     ],
-    ids=["grey", "RGB", "RGBA", "LA", "palette", "16-bit", "1-bit"],
+    ids=["grey", "RGB", "RGBA", "LA", "palette", "16-bit", "12-bit", "1-bit"],
 )
 def test_png_of_every_kind_is_read_to_its_grey_values(image, expected, tmp_path):
     image.save(tmp_path / "image.png")
@@ -376,12 +377,6 @@ def content(records):
 
 def test_phantoms_are_a_pure_function():
     assert content(data.phantom("16", "valid")) == content(phantoms("valid"))
-
-
-def test_the_order_of_findings_does_not_change_a_phantom():
-    names = ["Edema", "Cardiomegaly", "Pleural Effusion"]
-    one, other = (data.draw_phantom(np.random.default_rng(0), n, 16)[0] for n in (names, names[::-1]))
-    assert np.array_equal(one, other)
 
 
 def test_a_phantom_is_the_same_patient_at_every_size():

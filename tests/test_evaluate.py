@@ -29,10 +29,9 @@ from evaluate import (
     encode_texts,
     f1,
     in_chunks,
+    label_sets,
     mcc,
     partner_rank,
-    precision_at_k,
-    recall_at_k,
     shares_at_k,
 )
 
@@ -41,6 +40,11 @@ NAN = math.nan
 
 
 # ------------------------------------------------------------------------------------------------ retrieval
+
+
+def precision_at_k(similarity, queries, candidates, ks=(1, 2, 5, 10)):
+    shares = shares_at_k(similarity, *label_sets(queries, candidates), ks)
+    return dict(zip(ks, shares.mean(0).tolist(), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -77,10 +81,10 @@ def test_precision_equals_its_slow_twin(seed):
         precision_at_k(similarity, queries, candidates, ks=(1, 21))
 
 
-def test_recall_by_hand():
-    similarity = [[0.9, 0.1, 0.2], [0.8, 0.5, 0.3], [0.3, 0.2, 0.1]]  # own text first, second and third
-    assert recall_at_k(similarity, ks=(1, 2, 3)) == {1: 1 / 3, 2: 2 / 3, 3: 1}
-    assert recall_at_k(np.ones((3, 3)), ks=(1, 2, 3)) == {1: 0, 2: 0, 3: 1}  # ties count against the query
+def test_the_rank_by_hand():
+    similarity, ids = [[0.9, 0.1, 0.2], [0.8, 0.5, 0.3], [0.3, 0.2, 0.1]], torch.arange(3)
+    assert partner_rank(similarity, ids, ids).tolist() == [0, 1, 2]
+    assert partner_rank(np.ones((3, 3)), ids, ids).tolist() == [2, 2, 2]  # ties count against the query
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -255,7 +255,7 @@ DAMAGES = {  # what happens: (layout, file, what becomes of its bytes, what the 
     "no split": ("csv", "table.csv", swap(b",train,", b",exam,"), "row 2: the split 'exam' is none of train"),
     "blank split": ("csv", "table.csv", swap(b",train,", b",,"), "row 2: the split '' is none of train"),
     "no view": ("csv", "table.csv", swap(b",pa,", b",up,"), "row 2: the view 'up' is none of"),
-    "no image": ("csv", "table.csv", swap(b"pictures/0.png", b""), "row 2, names no image"),
+    "no image": ("csv", "table.csv", swap(b"pictures/0.png", b""), "row 2: the image '' does not end with"),
 }  # fmt: skip
 
 
@@ -370,9 +370,10 @@ def test_mimic_is_found_in_one_folder_or_two_with_reports_as_files_or_zip(specs,
     assert all(r.image.is_file() for r in everything(spec))
 
 
-def test_mimic_reports_may_be_absent(tmp_path):
+def test_mimic_reports_may_be_absent(tmp_path, capsys):
     shutil.rmtree(layouts.mimic(tmp_path) / "mimic-cxr")
     assert {r.report for r in everything(f"mimic-cxr={tmp_path}")} == {None}
+    assert f"{tmp_path} has no report of the split 'train'" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------- rsna
@@ -413,11 +414,6 @@ def test_covid_radiography_may_have_two_of_its_folders(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- make_table.py
-
-
-def test_openi_heading_is_what_stands_before_the_first_slash_and_no_indexing_is_none():
-    assert make_table.mesh_states(["Opacity /lung", "Lung/opacity"])["findings"] == {"Lung Opacity"}
-    assert make_table.mesh_states(["No Indexing"]) == {"findings": frozenset(), "blank": frozenset()}
 
 
 def test_openi_views_are_those_of_the_dicom_table_where_it_is_there(tmp_path):
@@ -494,7 +490,7 @@ def test_csv_knows_the_names_of_the_validation_split(tmp_path):
 
 
 CSV_SAYS = [  # lines of a table, what its first record says
-    (["image,id,source,split", "a.png,7,rsna,train"], {"id": "7", "source": "rsna"}),
+    (["image, id, source,split", "a.png,7,rsna,train"], {"id": "7", "source": "rsna"}),
     (["image,id,source,split", "a.png,,,train"], {"id": "a.png", "source": "csv"}),
     (["image,split,Edema,Mass", "a.png,train,unknown,1"], {**UNLABELLED, "findings": {"Mass"}}),
     (["image,report", "a.png,"], {"report": None}),

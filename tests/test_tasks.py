@@ -234,6 +234,14 @@ def test_sentences_of_a_finding_are_those_of_its_reports_alone_drawn_by_the_seed
     assert one == same != other
 
 
+def test_sentences_are_of_the_findings_that_an_image_has_alone(run):
+    records = [replace(records_of("A")[0], report="Big heart.")]  # none says anything of B
+    found = evaluate.retrieval(
+        run, hand_made(np.eye(2, 16), ["A", "AB"]), sentences=1, training=lambda: records
+    )
+    assert found["i2t_P@1"].value == found["t2i_P@1"].value == 1
+
+
 # ------------------------------------------------------------------------------------------------- transfer
 
 
@@ -319,8 +327,9 @@ def test_results_name_the_fractions_the_variants_and_what_is_near(tiny_run, tmp_
     kinds = ("distance to the reports", "cosine with the own reports", "cosine with other reports")
     words = {f"{kind}, {way}" for kind in kinds for way in ("with the vectors", "without")}
     assert found["prompt-words"].keys() == words | {"norm of the vectors"}
-    norms = evaluate.load_run(tiny_run).model.prompt.context.norm(dim=1)
-    assert found["prompt-words"]["norm of the vectors"]["value"] == pytest.approx(norms.mean().item())
+    norm = evaluate.load_run(tiny_run).model.prompt.context.norm(dim=1).mean().item()
+    entry = found["prompt-words"]["norm of the vectors"]
+    assert entry["value"] == pytest.approx(norm) and entry["n"] == 1  # as for any number of vectors
 
 
 # -------------------------------------------------------------------------------------------------- wording
