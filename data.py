@@ -1335,7 +1335,7 @@ def pack(data, out, *, side, views=FRONTAL, workers=2):
     the table, sentences on those that cannot be read, also in bad.txt).
     """
     out = Path(out)
-    splits = {split: [r for spec in data for r in read_split(spec, split)] for split in SPLITS}
+    splits = {s: [r for spec in dict.fromkeys(data) for r in read_split(spec, s)] for s in SPLITS}
     check_patients(splits)
     refuse_repeats([r.id for r in chain(*splits.values())], f"{' and '.join(data)} has the image")
     chosen = [(split, r) for split, records in splits.items() for r in in_views(records, views)]
