@@ -414,11 +414,6 @@ class SwinTransformer(nn.Module):
         return self.tokens(images).mean(1)
 
 
-def swin_tiny(**overrides):
-    """Swin-T (paper: "Swin Transformer"; Tiny is the size that MedCLIP uses) -> SwinTransformer."""
-    return SwinTransformer(**overrides)
-
-
 _SWIN_NAMES = (  # torchvision | Microsoft, timm | transformers before 5 | transformers from 5 -> ours
     (r"^(module\.|swin\.|encoder\.)+", ""),
     (r"^(features\.0\.0|patch_embed\.proj|embeddings\.patch_embeddings\.projection)\.", "patch_embed."),

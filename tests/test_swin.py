@@ -15,7 +15,6 @@ from umcl import (
     SwinBlock,
     SwinTransformer,
     load_swin_weights,
-    swin_tiny,
     window_order,
 )
 
@@ -54,7 +53,7 @@ def random_images(*shape):
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_swin_equals_torchvision_for_the_same_weights(training):
-    theirs, ours = shaken(swin_t()).train(training), swin_tiny(in_chans=3).train(training)
+    theirs, ours = shaken(swin_t()).train(training), SwinTransformer(in_chans=3).train(training)
     load_swin_weights(ours, theirs.state_dict())
     theirs.head = nn.Identity()
     for module in theirs.modules():
@@ -73,7 +72,7 @@ def test_swin_equals_transformers_for_the_same_weights():
 
 
 def test_swin_tiny_has_as_many_parameters_as_the_original():
-    assert sum(weight.numel() for weight in swin_tiny(in_chans=3).parameters()) == 27_519_354
+    assert sum(weight.numel() for weight in SwinTransformer(in_chans=3).parameters()) == 27_519_354
 
 
 def test_linear_layers_start_by_the_number_of_their_inputs():
