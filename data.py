@@ -724,7 +724,7 @@ def phantom(root, split, limit=None):
     Training images have 0 to 3 findings. Those of the other splits have exactly one, each as often as the
     others, as in CheXpert-5x200.
     """
-    if root and not (root.isdecimal() and 0 < int(root) <= 2048):
+    if root and not (root.isdecimal() and len(root) < 5 and 0 < int(root) <= 2048):
         raise BadInput(f"phantom={root}: what may follow the name is a size in pixels, at most phantom=2048")
     size = int(root or 64)
     number = {"train": 6000, "valid": 500, "test": 1000}[split]
@@ -956,7 +956,7 @@ def mimic_cxr(root, split):
     records = mimic_table(metadata, {"valid": "validate"}.get(split, split))
     reports = mimic_reports(root, list(dict.fromkeys(os.path.dirname(record.id) for record in records)))
     texts = [reports.get(os.path.dirname(r.id)) for r in records]
-    if not any(texts):
+    if records and not any(texts):
         note(f"{root} has no report of the split {split!r}; images and labels are used")
     return [replace(r, image=metadata.parent / r.id, report=t) for r, t in zip(records, texts, strict=True)]
 
@@ -1300,7 +1300,7 @@ def in_processes(work, jobs, workers):
 
 
 def pack_image(side, job):
-    """Writes the image of a Record as a grey PNG file of side x side pixels, unless it is there and newer.
+    """Writes the image of a Record as a grey PNG file of side x side pixels, unless it is up to date.
 
     job: (image, file). Returns None or the error: those of loading processes would arrive as tracebacks.
     """
