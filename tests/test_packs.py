@@ -132,13 +132,17 @@ def test_everything_in_a_pack_is_for_its_owner_alone(spec, tmp_path, program):
     assert found and not any(stat.S_IMODE(path.stat().st_mode) & 0o077 for path in found)
 
 
-def test_what_cannot_be_written_leaves_the_old_file_and_nothing_beside_it(tmp_path):
+def test_what_cannot_be_written_leaves_the_old_file_and_no_link_is_written_through(tmp_path):
     (tmp_path / "a.txt").write_text("old")
     with pytest.raises(BadInput, match="a.txt cannot be written; is the disk full"):
         with data.replacing(tmp_path / "a.txt") as file:
             file.write("new")
             raise OSError("No space left on device")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.txt", "old")]
+    (tmp_path / "ids.txt.tmp").symlink_to(tmp_path / "a.txt")
+    with data.replacing(tmp_path / "ids.txt") as file:
+        file.write("new")
+    assert (tmp_path / "a.txt").read_text() == "old" and data.read_ids(tmp_path / "ids.txt") == ["new"]
 
 
 @pytest.mark.parametrize("end", ["killed", "stalled"])

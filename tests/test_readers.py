@@ -406,17 +406,20 @@ def test_covid_radiography_folders_may_differ_in_case(images, tmp_path):
     assert classes(records) == dict.fromkeys(data.COVID_CLASSES.values(), 3)
 
 
-def test_covid_radiography_may_have_two_of_its_folders(tmp_path):
+def test_covid_radiography_may_have_two_of_its_folders(tmp_path, capsys):
     spec = f"covid-radiography={layouts.covid_radiography(tmp_path, ('COVID',))}"
     assert "has COVID of the class folders COVID, Lung_Opacity, Normal" in refused(spec)
     layouts.covid_radiography(tmp_path, ("COVID", "Normal"))
     assert classes(everything(spec)) == {"COVID-19": 3, "No Finding": 3}
+    assert "has COVID and Normal of the class folders" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- make_table.py
 
 
-def test_openi_views_are_those_of_the_dicom_table_where_it_is_there(tmp_path):
+def test_openi_headings_end_at_their_slash_and_views_are_those_of_the_dicom_table(tmp_path):
+    assert make_table.mesh_states(["Opacity /lung", "Lung/opacity"])["findings"] == {"Lung Opacity"}
+    assert make_table.mesh_states(["No Indexing"]) == {"findings": frozenset(), "blank": frozenset()}
     rows = [("CXR1_IM-0001-3001", "PA"), ("CXR4_IM-00-01", "LL"), ("CXR6_IM-00-01", ""), ("x", "RL")]
     table = [dict(zip(("imageid", "View Position"), row, strict=True)) for row in rows]
     layouts.write_table(tmp_path / "nlmcxr_dicom_metadata.csv", table)

@@ -9,14 +9,7 @@ from torchvision.models import swin_t
 from torchvision.ops import StochasticDepth
 from transformers import SwinConfig, SwinModel
 
-from umcl import (
-    DropPath,
-    Permutation,
-    SwinBlock,
-    SwinTransformer,
-    load_swin_weights,
-    window_order,
-)
+from umcl import DropPath, Permutation, SwinBlock, SwinTransformer, load_swin_weights, window_order
 
 CLOSE = dict(rtol=0, atol=1e-5)  # float32 in another order of summation; the values are of size 1
 # Maps of 8, 4 and 2 positions a side in windows of 2: the last map is one window.

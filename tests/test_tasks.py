@@ -224,9 +224,8 @@ def test_a_text_that_stands_twice_is_one_candidate_and_one_query(run):
 
 def test_sentences_of_a_finding_are_those_of_its_reports_alone_drawn_by_the_seed():
     reports = "Big heart. Bones intact.", "Wet lungs! Bones intact.", "Air.", None
-    records = [
-        replace(r, report=text) for r, text in zip(records_of("A", "B", "AB", "A"), reports, strict=True)
-    ]
+    labelled = records_of("A", "B", "AB", "A")
+    records = [replace(r, report=text) for r, text in zip(labelled, reports, strict=True)]
     texts, labels = evaluate.class_sentences(records, ["A", "B"], 1)
     assert texts == ["Big heart.", "Wet lungs!"] and labels.tolist() == [[True, False], [False, True]]
     records = data.load_records(["phantom=16"], "test", 100)
@@ -236,9 +235,8 @@ def test_sentences_of_a_finding_are_those_of_its_reports_alone_drawn_by_the_seed
 
 def test_sentences_are_of_the_findings_that_an_image_has_alone(run):
     records = [replace(records_of("A")[0], report="Big heart.")]  # none says anything of B
-    found = evaluate.retrieval(
-        run, hand_made(np.eye(2, 16), ["A", "AB"]), sentences=1, training=lambda: records
-    )
+    encoded = hand_made(np.eye(2, 16), ["A", "AB"])
+    found = evaluate.retrieval(run, encoded, sentences=1, training=lambda: records)
     assert found["i2t_P@1"].value == found["t2i_P@1"].value == 1
 
 
