@@ -26,6 +26,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import zipfile
 from collections import Counter
 from contextlib import contextmanager, suppress
@@ -102,7 +103,7 @@ def settle_states(present, absent, uncertain, blank, policy):
         absent |= uncertain - present
     perhaps = (present | uncertain) - absent
     parents = frozenset().union(*(PARENTS.get(finding, ()) for finding in perhaps))
-    return present, absent | (blank - parents) if present else absent
+    return present, absent | (blank - parents) if present else absent, frozenset(), frozenset()
 
 
 def settle(record, policy):
@@ -121,12 +122,10 @@ def settle(record, policy):
     positive that no labeler gave (ours). An image without findings is not normal; its source has to say
     "No Finding".
     """
-    r = record
-    if not r.uncertain and not r.blank:
-        return r
-    present, absent = settle_states(r.findings, r.absent, r.uncertain, r.blank, policy)
-    # dataclasses.replace takes ten times as long, and there are hundreds of thousands of records
-    return Record(r.image, r.report, present, r.patient, r.source, absent, id=r.id, view=r.view)
+    if not record.uncertain and not record.blank:
+        return record
+    states = [getattr(record, state) for state in STATES]
+    return replace(record, **dict(zip(STATES, settle_states(*states, policy), strict=True)))
 
 
 def ruled_out(present, absent, findings):
@@ -265,12 +264,6 @@ def check_images(records, image_size):
                 note(f"{paths[0]} has {side} pixels a side, the model takes {image_size} and will blur it")
 
 
-def ignore_signals(_worker):
-    """For loading processes: the main process alone answers Ctrl-C and SIGTERM."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-
-
 class Images(torch.utils.data.Dataset):
     """Records as (place in the list, (1, S, S) uint8 tensor); an unreadable image is a BadInput."""
 
@@ -295,12 +288,22 @@ class Tokens(NamedTuple):
     attention_mask: torch.Tensor
 
 
+class Pairs(NamedTuple):
+    """N images, each with a text of its own, and what the label mask is told of both."""
+
+    images: torch.Tensor  # (N,) int64, rows of the batch's images
+    texts: torch.Tensor  # (N,) int64, rows of its reports, or of its distinct prompts
+    image_labels: torch.Tensor  # (N, C) bool
+    text_labels: torch.Tensor  # (N, C) bool
+    text_ids: torch.Tensor  # (N,) int64, alike where two texts are equal word for word
+
+
 class Batch(NamedTuple):
-    """The input of one training step: B images, R reports, Q labelled images, P distinct label prompts.
+    """The input of one training step: B images, R reports, P distinct label prompts, and who belongs to whom.
 
     Reports of two normal chests can differ, so they stay each other's negatives, and so do those of two
     chests with devices alone: the mask is given a report's labels only where a disease is among them. Label
-    prompts cannot differ in this way (ours).
+    prompts cannot differ in this way, and fit all images that may have the finding (ours).
     """
 
     rows: torch.Tensor  # (B,) int64, the places of these records in their list
@@ -308,13 +311,9 @@ class Batch(NamedTuple):
     present: torch.Tensor  # (B, C) bool
     absent: torch.Tensor  # (B, C) bool
     reports: list  # of Tokens, R rows in all, sorted by length; each piece is padded to its longest
-    report_rows: torch.Tensor  # (R,) int64, the row of each report's image
-    report_labels: torch.Tensor  # (R, C) bool, what each report stands for in the label mask
-    report_ids: torch.Tensor  # (R,) int64, alike where two reports are equal word for word
     prompts: Tokens  # P rows, the distinct prompts drawn in this batch; None where none are trained
-    prompt_labels: torch.Tensor  # (P, C) bool, the one finding that each prompt names
-    prompt_index: torch.Tensor  # (Q,) int64, the prompt of each labelled image
-    prompt_rows: torch.Tensor  # (Q,) int64, the row of each labelled image
+    report_pairs: Pairs  # R
+    prompt_pairs: Pairs  # Q, one for each labelled image
 
 
 def tokenize(tokenizer, texts, max_length):
@@ -365,6 +364,8 @@ class Collate:
 
         report_labels = present[report_rows]
         report_labels &= (report_labels & self.disease).any(1, keepdim=True)
+        report_ids = self.report_ids[rows][report_rows]
+        every_report = torch.arange(len(report_rows))
 
         prompt_rows = present.any(1).nonzero()[:, 0] if self.prompts else torch.zeros(0, dtype=torch.long)
         # An image's draw depends on this number and on the image, not on the others in its batch.
@@ -373,24 +374,35 @@ class Collate:
             np.random.default_rng((seed, row)).choice(np.flatnonzero(labels))
             for row, labels in zip(rows[prompt_rows].tolist(), present[prompt_rows].numpy(), strict=True)
         ]
-        distinct, prompt_index = torch.tensor(drawn, dtype=torch.long).unique(return_inverse=True)
+        drawn = torch.tensor(drawn, dtype=torch.long)
+        distinct, prompt_index = drawn.unique(return_inverse=True)
+        named = torch.eye(present.shape[1], dtype=torch.bool)[drawn]
+        possible = ~self.absent[rows][prompt_rows]  # an unknown finding makes no negative
         return Batch(
             rows=rows,
             images=torch.stack([image for _, image in items]) if items else torch.zeros(0, 1, 1, 1),
             present=present,
             absent=self.absent[rows],
             reports=reports,
-            report_rows=report_rows,
-            report_labels=report_labels,
-            report_ids=self.report_ids[rows][report_rows],
             prompts=Tokens(*(t[distinct] for t in self.prompts)) if self.prompts else None,
-            prompt_labels=torch.eye(present.shape[1], dtype=torch.bool)[distinct],
-            prompt_index=prompt_index,
-            prompt_rows=prompt_rows,
+            report_pairs=Pairs(report_rows, every_report, report_labels, report_labels, report_ids),
+            prompt_pairs=Pairs(prompt_rows, prompt_index, possible, named, drawn),
         )
 
 
-PATIENCE = 300  # seconds for one batch, for the `timeout` of loaders
+PATIENCE = 300  # seconds for one batch
+
+
+def ignore_signals(_worker):
+    """For loading processes: the main process alone answers Ctrl-C and SIGTERM."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def loader(items, workers, **options):
+    """DataLoader whose processes leave signals to the main one; a batch that takes too long is an error."""
+    options |= {"num_workers": workers, "worker_init_fn": ignore_signals}
+    return torch.utils.data.DataLoader(items, timeout=PATIENCE if workers else 0, **options)
 
 
 def readable(loader):
@@ -430,6 +442,10 @@ def to_device(batch, device):
         return type(batch)(*(to_device(item, device) for item in batch))
     return [to_device(item, device) for item in batch] if isinstance(batch, list) else batch
 
+
+# ==========================================================================================================
+# If you read this beside the paper, you can stop here. The rest draws phantoms and reads real data sets.
+# ==========================================================================================================
 
 # ------------------------------------------------------------------------------------------------- phantoms
 #
@@ -744,10 +760,6 @@ def phantom(root, split, limit=None):
         records.append(Record(image, report, present, id, "phantom", absent, id=id))
     return records
 
-
-# ==========================================================================================================
-# If you read this beside the paper, you can stop here. The rest reads and checks real data sets.
-# ==========================================================================================================
 
 # ------------------------------------------------------------------------------------- tables and reports
 
@@ -1290,11 +1302,9 @@ def call_each(work, jobs):
 
 def in_processes(work, jobs, workers):
     """Calls work(job) for each job in loading processes, with a bar; yields the results in order."""
-    options = {"num_workers": workers, "timeout": PATIENCE if workers else 0, "batch_size": 16}
-    options |= {"collate_fn": partial(call_each, work), "worker_init_fn": ignore_signals}
-    loader = torch.utils.data.DataLoader(jobs, **options)
+    batches = loader(jobs, workers, batch_size=16, collate_fn=partial(call_each, work))
     with tqdm(total=len(jobs), unit="image", mininterval=1, delay=2) as bar:
-        for results in readable(loader):
+        for results in readable(batches):
             yield from results
             bar.update(len(results))
 
@@ -1632,16 +1642,29 @@ def build_parser():
     return p
 
 
+def run_program(name, work, stopped):
+    """Runs work() -> its exit status; 2, after one sentence, for what a user can mend; 130 at Ctrl-C."""
+    try:
+        return work() or 0
+    except (BadInput, OSError) as error:  # OSError: a full disk, a folder that cannot be written
+        said = error
+    except (RuntimeError, MemoryError) as error:  # torch's, for a lost process and for want of memory
+        if re.search("gloo|NCCL|Connection", str(error), re.I):
+            said = f"another process has ended or does not answer; its message says why ({error})"
+        elif re.search("memory|DataLoader", repr(error), re.I):
+            said = f"it failed, maybe for want of memory; try --micro-batch-size or fewer --workers ({error})"
+        else:
+            raise
+    except KeyboardInterrupt:
+        print(f"{name}: stopped by Ctrl-C; {stopped}", file=sys.stderr)
+        return 130
+    print(f"{name}: {textwrap.shorten(str(said), 1000)}", file=sys.stderr)  # a library's has many lines
+    return 2
+
+
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    try:
-        return args.run(args)
-    except (BadInput, OSError, MemoryError) as error:  # OSError: a full disk, a folder that cannot be written
-        print(f"data.py: {error or 'the memory is not enough; --workers 0 needs less'}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("data.py: stopped by Ctrl-C; the same command goes on with an unfinished pack", file=sys.stderr)
-        return 130
+    return run_program("data.py", lambda: args.run(args), "the same command goes on with an unfinished pack")
 
 
 if __name__ == "__main__":

@@ -169,22 +169,16 @@ def bootstrap_ci(metric, *arrays, n=1000, seed=0, patients=None):
 class Measure(NamedTuple):
     """A metric and what it is computed from: all that its value, interval and differences need."""
 
-    metric: Callable  # function of the arrays -> float
+    metric: Callable  # function of the arrays -> float, or the float of each of several trained classifiers
     arrays: tuple  # N rows each, one for each image or text asked about
     chance: float = None  # value of a blind guess
     constant: float = None  # value of always answering the most frequent class
     patients: np.ndarray = None  # (N,) int, whose row it is
-    trained: int = 0  # number of classifiers, the last axis of the first array; the value is their mean
     counts: dict = {}  # further numbers for the results
-
-    def of(self, arrays, classifiers):
-        """The metric of these rows -> list of one float, or one for each of these classifiers."""
-        first, *others = arrays
-        return [self.metric(first[..., t], *others) for t in classifiers] or [self.metric(*arrays)]
 
     @property
     def value(self):
-        return float(np.mean(self.of(self.arrays, range(self.trained))))
+        return float(np.mean(self.metric(*self.arrays)))
 
 
 def interval(measure, less=None):
@@ -195,19 +189,19 @@ def interval(measure, less=None):
     rng, count = np.random.default_rng(0), len(measure.arrays)
 
     def metric(*arrays):
-        chosen = rng.integers(measure.trained, size=measure.trained) if measure.trained else ()
-        value = np.mean(measure.of(arrays[:count], chosen))
-        return value - np.mean(less.of(arrays[count:], chosen)) if less else value
+        values = np.atleast_1d(measure.metric(*arrays[:count]))
+        values = values - less.metric(*arrays[count:]) if less else values
+        return values[rng.integers(len(values), size=len(values))].mean()
 
     return bootstrap_ci(metric, *measure.arrays, *(less.arrays if less else ()), patients=measure.patients)
 
 
 def entry_of(measure):
     """Measure -> what results.json and the table have of it: dict of numbers."""
+    each = np.atleast_1d(measure.metric(*measure.arrays))
     entry = {"value": measure.value, "n": len(measure.arrays[0]), **measure.counts}
-    if measure.trained:
-        each = measure.of(measure.arrays, range(measure.trained))
-        entry |= {"trained": measure.trained, "spread": float(np.std(each, ddof=1)) if len(each) > 1 else 0.0}
+    if len(each) > 1:
+        entry["spread"] = float(np.std(each, ddof=1))
     if measure.patients is not None:
         entry["patients"] = len(np.unique(measure.patients))
     entry |= {k: float(v) for k in ("chance", "constant") if (v := getattr(measure, k)) is not None}
@@ -346,6 +340,8 @@ def run_from_checkpoint(state, device):
         fields = {name: fields[name] for name in BERT_FIELDS if name in fields}
         if not max(fields.get("num_hidden_layers", 0), *args.swin_depths) <= len(state["model"]):
             raise ValueError("a tower has more layers than there are weights")
+        if args.image_size > data.SIDE:
+            raise ValueError(f"its images have {args.image_size} pixels a side")
         bert = BertModel(BertConfig(**fields, attn_implementation="sdpa"), add_pooling_layer=False)
         model = build_model(args, bert, len(state["model"].get("prompt.context", ())))
         model.load_state_dict(state["model"])
@@ -420,17 +416,12 @@ def encode(run, records):
     """Records -> Encoded, in their order; the findings are those that are present at least once."""
     run.model.eval()
     findings = data.vocabulary(records)
-    loader = torch.utils.data.DataLoader(
-        data.Images(records, data.evaluation_transform(run.args.image_size)),
-        run.batch_size,
-        num_workers=run.args.workers,
-        worker_init_fn=data.ignore_signals,
-        timeout=data.PATIENCE if run.args.workers else 0,
-        collate_fn=data.Collate(records, findings, None, run.tokenizer, run.args.max_length),
-    )
+    images = data.Images(records, data.evaluation_transform(run.args.image_size))
+    collate = data.Collate(records, findings, None, run.tokenizer, run.args.max_length)
+    loader = data.loader(images, run.args.workers, batch_size=run.batch_size, collate_fn=collate)
     pooled, image_features, report_features, report_rows = ([] for _ in range(4))
     for batch in progress(data.readable(loader), "images and reports", total=len(loader), unit="batch"):
-        report_rows.append(batch.rows[batch.report_rows])
+        report_rows.append(batch.rows[batch.report_pairs.images])
         batch = data.to_device(batch, run.device)
         with run.autocast():
             features = run.model.image_encoder(data.normalise(batch.images))
@@ -789,14 +780,19 @@ def transfer(encoded, scores):
 
     scores: {percent of the patients: [(N, C) scores of the evaluated records by each classifier]}
     """
-    measures, present = {}, encoded.present
+    measures, present, known = {}, encoded.present, encoded.present | encoded.absent
+
+    def aurocs(right, *labels):
+        return [mean_auroc(right[..., t], *labels) for t in range(right.shape[-1])]
+
     for percent, each in scores.items():
         each = np.stack(each, axis=2)  # (N, C, draws)
-        told = {"patients": encoded.patients, "trained": each.shape[2]}
+        told = {"patients": encoded.patients, "counts": {"trained": each.shape[2]}}
         if (present.sum(1) == 1).all() and present.shape[1] > 1:
             right = each.argmax(1) == present.argmax(1)[:, None]
-            measures[f"{percent:g} % accuracy"] = Measure(np.mean, (right,), **baselines(present), **told)
-        measure = Measure(mean_auroc, (each, present, present | encoded.absent), chance=0.5, **told)
+            accuracies = partial(np.mean, axis=0)
+            measures[f"{percent:g} % accuracy"] = Measure(accuracies, (right,), **baselines(present), **told)
+        measure = Measure(aurocs, (each, present, known), chance=0.5, **told)
         if not np.isnan(measure.value):
             measures[f"{percent:g} % AUROC mean"] = measure
     return measures
@@ -1270,20 +1266,8 @@ def evaluate(args):
 
 
 def main(argv=None):
-    try:
-        evaluate(parse_args(argv))
-        return 0
-    except KeyboardInterrupt:
-        print("evaluate.py: stopped by Ctrl-C; the results of finished tasks are written", file=sys.stderr)
-        return 130
-    except (BadInput, OSError) as error:  # OSError: a folder that cannot be read or written
-        sentence = error
-    except (RuntimeError, MemoryError) as error:  # torch has no class of its own for a lack of memory
-        if "memory" not in repr(error).lower():
-            raise
-        sentence = f"the memory is exhausted ({error})"
-    print(f"evaluate.py: {sentence}", file=sys.stderr)
-    return 2
+    stopped = "the results of finished tasks are written"
+    return data.run_program("evaluate.py", lambda: evaluate(parse_args(argv)), stopped)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import os
 import re
 import signal
 import sys
-import textwrap
 import time
 import zlib
 from dataclasses import dataclass, fields, replace
@@ -49,6 +48,118 @@ from umcl import MAX_LOGIT_SCALE, contrastive_loss, label_mask, load_swin_weight
 SMALL_BERT = "small"  # --text-model: a BERT trained from scratch, with a vocabulary of its own
 TIMEOUT = timedelta(hours=2)  # of a silent process; long, since the others wait while the first validates
 STOP_SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "a closed terminal"}
+
+
+# ------------------------------------------------------------------------------------------------- one step
+
+
+def lr_at(step, steps, warmup, peak):
+    """Learning rate of a step in 0 ... steps - 1: 1) a straight rise for `warmup` steps, 2) a cosine to 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def parameter_groups(model, weight_decay):
+    """Decay for matrices; none for norms, biases, the temperature, the prompt and position bias tables."""
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        table = name.endswith(("relative_position_bias_table", "prompt.context"))
+        (free if parameter.ndim < 2 or table else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+
+
+def pieces_of(batch, args):
+    """What there is to encode, at most --micro-batch-size at a time: images, reports, prompts, in order.
+
+    DistributedDataParallel wants every parameter used in every process. So where a process's share of the
+    batch lacks images or prompts, one blank is encoded in their place, last, and losses ignores it.
+    """
+    inputs = [("image", data.normalise(batch.images))] if len(batch.rows) else []
+    inputs += [("text", *tokens) for tokens in batch.reports]
+    inputs += [("prompt", *batch.prompts)] if len(batch.prompt_pairs.texts) else []
+    if not len(batch.rows):
+        inputs.append(("image", batch.images.new_zeros(1, 1, args.image_size, args.image_size).float()))
+    if not len(batch.prompt_pairs.texts) and (batch.prompts is not None or not batch.reports):
+        inputs.append(("prompt", batch.rows.new_zeros(1, 3), batch.rows.new_ones(1, 3)))
+    pieces = []
+    for kind, *tensors in inputs:
+        cut = (tensor.split(args.micro_batch_size or len(tensor)) for tensor in tensors)
+        pieces += [(kind, *piece) for piece in zip(*cut, strict=True)]
+    return pieces
+
+
+def losses(args, batch, features, scale):
+    """L(image, report) and L(image, label prompt) of a batch (REPRODUCE.md, the loss).
+
+    features: (B + R + P, D) float, of the images, the reports and the distinct prompts; further rows are
+    ignored. scale: τ.
+    Returns {"report" or "prompt": (() float loss, (N, N) bool F)}, those that the batch has.
+    """
+    counts = [len(batch.rows), len(batch.report_pairs.texts), len(batch.prompts[0]) if batch.prompts else 0]
+    images, reports, distinct = features[: sum(counts)].split(counts)  # (B, D), (R, D), (P, D)
+    found = {}
+    of_kind = {"report": (reports, batch.report_pairs), "prompt": (distinct, batch.prompt_pairs)}
+    for kind, (texts, pairs) in of_kind.items():
+        v, u, *known = gather_rows(images[pairs.images], texts[pairs.texts], *pairs[2:])
+        if not len(u):
+            continue
+        removed = whole = false_negatives(args.label_mask, kind, *known)
+        if kind == "prompt":  # images of which only absent findings are known: negatives of their prompts
+            rows = (~batch.present.any(1) & batch.absent.any(1)).nonzero()[:, 0]
+            more, possible = gather_rows(images[rows], ~batch.absent[rows])
+            v, whole = torch.cat([v, more]), torch.cat([whole, label_mask(possible, known[1], "subset")])
+        found[kind] = contrastive_loss(v, u, scale, whole), removed
+    return found
+
+
+def false_negatives(mask, kind, image_labels, text_labels, text_ids):
+    """F: which pairs of a batch are no negatives, by --label-mask -> (N, N) bool; see data.Pairs."""
+    if mask == "none":
+        return torch.zeros(len(text_ids), len(text_ids), dtype=torch.bool, device=text_ids.device)
+    removed = text_ids[:, None] == text_ids  # an equal text is no negative (ours)
+    if mask in ("both", f"{kind}s"):
+        removed |= label_mask(image_labels, text_labels, {"report": "equal", "prompt": "subset"}[kind])
+    return removed
+
+
+def backward(run, batch, model, seed):
+    """Adds up the gradients of L = L(image, report) + λ L(image, label prompt) -> L, and its parts.
+
+    With --micro-batch-size the towers run over one piece at a time and once more on the way back, so that
+    memory holds the inner layers of one piece alone; the loss still has the whole batch for negatives.
+
+    model: run.model, or the DistributedDataParallel around it. seed: of dropout and stochastic depth.
+    """
+    torch.manual_seed(seed)
+    with run.autocast():
+        features, scale = model(pieces_of(batch, run.args), recompute=run.args.micro_batch_size is not None)
+    # Every process computes the whole batch's loss, and DistributedDataParallel averages the gradients. That
+    # is right for τ. A tower's gradient is one share of a sum, so it is multiplied by the number of shares.
+    if processes() > 1:
+        features.register_hook(lambda gradient: gradient * processes())
+    parts = losses(run.args, batch, features, scale)
+    weight = {"report": 1.0, "prompt": run.args.prompt_weight}
+    nothing = 0 * (scale + features.sum())  # gives every weight a gradient where a batch has neither part
+    loss = sum((weight[kind] * part for kind, (part, _) in parts.items()), nothing)
+    loss.backward()
+    return loss.detach(), parts
+
+
+def training_step(run, batch, model, optimizer, lr, seed):
+    """One step, from a batch to new weights -> loss and gradient norm, each () float; the loss's parts."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad()
+    loss, parts = backward(run, batch, model, seed)
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.args.clip)
+    optimizer.step()
+    run.model.log_scale.data.clamp_(max=math.log(0.999 * MAX_LOGIT_SCALE))  # at the bound τ gets no gradient
+    return loss, norm, parts
+
+
+# -------------------------------------------------------------------------------------------------- options
+
 # fmt: off
 PRESETS = {  # REPRODUCE.md compares the values of "paper" with those of the family; all are ours
     "small": dict(  # minutes on two cores, both towers from scratch: phantoms and small data sets
@@ -300,130 +411,6 @@ def gather_rows(*tensors):
     return whole
 
 
-# ------------------------------------------------------------------------------------------------- one step
-
-
-def lr_at(step, steps, warmup, peak):
-    """Learning rate of a step in 0 ... steps - 1: 1) a straight rise for `warmup` steps, 2) a cosine to 0."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def parameter_groups(model, weight_decay):
-    """Decay for matrices; none for norms, biases, the temperature, the prompt and position bias tables."""
-    decayed, free = [], []
-    for name, parameter in model.named_parameters():
-        table = name.endswith(("relative_position_bias_table", "prompt.context"))
-        (free if parameter.ndim < 2 or table else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
-
-
-def pieces_of(batch, args):
-    """What there is to encode, at most --micro-batch-size at a time: images, reports, prompts, in order.
-
-    DistributedDataParallel wants every parameter used in every process. So where a process's share of the
-    batch lacks images or prompts, one blank is encoded in their place, last, and losses ignores it.
-    """
-    inputs = [("image", data.normalise(batch.images))] if len(batch.rows) else []
-    inputs += [("text", *tokens) for tokens in batch.reports]
-    inputs += [("prompt", *batch.prompts)] if len(batch.prompt_rows) else []
-    if not len(batch.rows):
-        inputs.append(("image", batch.images.new_zeros(1, 1, args.image_size, args.image_size).float()))
-    if not len(batch.prompt_rows) and (batch.prompts is not None or not batch.reports):
-        inputs.append(("prompt", batch.rows.new_zeros(1, 3), batch.rows.new_ones(1, 3)))
-    pieces = []
-    for kind, *tensors in inputs:
-        cut = (tensor.split(args.micro_batch_size or len(tensor)) for tensor in tensors)
-        pieces += [(kind, *piece) for piece in zip(*cut, strict=True)]
-    return pieces
-
-
-def losses(args, batch, features, scale):
-    """L(image, report) and L(image, label prompt) of a batch (REPRODUCE.md, the loss).
-
-    features: (B + R + P, D) float, of the images, the reports and the distinct prompts; further rows are
-    ignored. scale: τ.
-    Returns {"report" or "prompt": (() float loss, (N, N) bool F or None, N)}, those that the batch has.
-    """
-    counts = len(batch.rows), len(batch.report_rows), len(batch.prompt_labels)
-    images, reports, distinct = features[: sum(counts)].split(counts)  # (B, D), (R, D), (P, D)
-    named = batch.prompt_labels[batch.prompt_index]  # (Q, C), one finding each
-    possible = ~batch.absent[batch.prompt_rows]  # (Q, C): an unknown finding makes no negative
-    labels, numbers = batch.report_labels, named.nonzero()[:, 1]
-    pairs = {  # features of images and of texts; labels of both, for the mask; numbers of equal texts
-        "report": (images[batch.report_rows], reports, labels, labels, batch.report_ids),
-        "prompt": (images[batch.prompt_rows], distinct[batch.prompt_index], possible, named, numbers),
-    }
-    found = {}
-    for kind, tensors in pairs.items():
-        image_features, text_features, image_labels, text_labels, ids = gather_rows(*tensors)
-        if len(image_features):
-            removed = removed_pairs(args.label_mask, kind, image_labels, text_labels, ids)
-            more = absent_only(batch, images, text_labels) if kind == "prompt" else {}
-            loss = contrastive_loss(image_features, text_features, scale, removed, **more)
-            found[kind] = loss, removed, len(image_features)
-    return found
-
-
-def removed_pairs(mask, kind, image_labels, text_labels, text_ids):
-    """F: which pairs of a batch are no negatives -> (N, N) bool, or None for CLIP's loss.
-
-    mask: --label-mask. text_ids: (N,) int64, alike where the texts are: an equal text is no negative (ours).
-    """
-    if mask == "none":
-        return None
-    removed = text_ids[:, None] == text_ids
-    if mask in ("both", f"{kind}s"):
-        removed |= label_mask(image_labels, text_labels, {"report": "equal", "prompt": "subset"}[kind])
-    return removed
-
-
-def absent_only(batch, images, text_labels):
-    """Images of which only absent findings are known: negatives of the prompts of these.
-
-    Returns contrastive_loss's more_images (E, D) and more_removed (E, N).
-    """
-    rows = (~batch.present.any(1) & batch.absent.any(1)).nonzero()[:, 0]
-    more_images, absent = gather_rows(images[rows], batch.absent[rows])
-    return {"more_images": more_images, "more_removed": absent.float() @ text_labels.float().T == 0}
-
-
-def backward(run, batch, model, seed):
-    """Adds up the gradients of L = L(image, report) + λ L(image, label prompt) -> L, and its parts.
-
-    With --micro-batch-size the towers run over one piece at a time and once more on the way back, so that
-    memory holds the inner layers of one piece alone; the loss still has the whole batch for negatives.
-
-    model: run.model, or the DistributedDataParallel around it. seed: of dropout and stochastic depth.
-    """
-    torch.manual_seed(seed)
-    with run.autocast():
-        features, scale = model(pieces_of(batch, run.args), recompute=run.args.micro_batch_size is not None)
-    # Every process computes the whole batch's loss, and DistributedDataParallel averages the gradients. That
-    # is right for τ. A tower's gradient is one share of a sum, so it is multiplied by the number of shares.
-    if processes() > 1:
-        features.register_hook(lambda gradient: gradient * processes())
-    parts = losses(run.args, batch, features, scale)
-    weight = {"report": 1.0, "prompt": run.args.prompt_weight}
-    nothing = 0 * (scale + features.sum())  # gives every weight a gradient where a batch has neither part
-    loss = sum((weight[kind] * part for kind, (part, _, _) in parts.items()), nothing)
-    loss.backward()
-    return loss.detach(), parts
-
-
-def training_step(run, batch, model, optimizer, lr, seed):
-    """One step, from a batch to new weights -> loss and gradient norm, each () float; the loss's parts."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.zero_grad()
-    loss, parts = backward(run, batch, model, seed)
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.args.clip)
-    optimizer.step()
-    run.model.log_scale.data.clamp_(max=math.log(0.999 * MAX_LOGIT_SCALE))  # at the bound τ gets no gradient
-    return loss, norm, parts
-
-
 # ---------------------------------------------------------------------------------------- records and batches
 
 
@@ -527,15 +514,9 @@ def training_loader(run, records, steps):
     images = data.Images(records, data.training_transform(args.image_size, args.horizontal_flip))
     pieces = 1 if args.text_model == SMALL_BERT else 4  # a small BERT's calls cost more than padding does
     collate = data.Collate(records, run.findings, label_prompts, run.tokenizer, args.max_length, pieces)
-    return torch.utils.data.DataLoader(
-        Batches(args, images, collate),
-        batch_size=None,  # an item is a whole batch
-        sampler=steps,
-        num_workers=args.workers,
-        worker_init_fn=data.ignore_signals,
-        timeout=data.PATIENCE if args.workers else 0,
-        pin_memory=run.device.type == "cuda",
-    )
+    options = {"sampler": steps, "pin_memory": run.device.type == "cuda"}
+    batches = Batches(args, images, collate)  # an item is a whole batch
+    return data.loader(batches, args.workers, batch_size=None, **options)
 
 
 # ------------------------------------------------------------------------------------------------ the loop
@@ -624,8 +605,8 @@ def signals_noted():
 def measures(run, loss, norm, parts):
     """What a line of log.jsonl says of a step: losses, and how many negatives the mask leaves to an image."""
     line = {"loss": loss, "gradient_norm": norm, "logit_scale": run.model.logit_scale()}
-    for kind, (part, removed, n) in parts.items():
-        pairs = removed.sum(1) - removed.diagonal().long() if removed is not None else torch.zeros(n)
+    for kind, (part, removed) in parts.items():
+        n, pairs = len(removed), removed.sum(1) - removed.diagonal().long()
         line |= {
             f"loss_{kind}": part,
             f"removed_{kind}": pairs.sum().int(),  # false-negative pairs
@@ -756,22 +737,7 @@ def train(args):
 
 
 def main(argv=None):
-    try:
-        return train(parse_args(argv))
-    except (BadInput, OSError) as error:  # OSError: a full disk, a folder that cannot be written
-        said = error
-    except (RuntimeError, MemoryError) as error:  # torch's, for a lost process and for want of memory
-        if re.search("gloo|NCCL|Connection", str(error), re.I):
-            said = f"another process has ended or does not answer; its message says why ({error})"
-        elif re.search("memory|DataLoader", repr(error), re.I):
-            said = f"it failed, maybe for want of memory; try --micro-batch-size or fewer --workers ({error})"
-        else:
-            raise
-    except KeyboardInterrupt:
-        print("train.py: stopped by Ctrl-C; what was saved before is as it was", file=sys.stderr)
-        return 130
-    print(f"train.py: {textwrap.shorten(str(said), 1000)}", file=sys.stderr)  # a library's has many lines
-    return 2
+    return data.run_program("train.py", lambda: train(parse_args(argv)), "what was saved before is as it was")
 
 
 if __name__ == "__main__":

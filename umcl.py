@@ -44,7 +44,9 @@ def label_mask(image_labels, text_labels, rule):
     "subset", y_j ⊆ y_i. With one finding an image both say "same label"; the two rules are ours.
 
     Args:
-        image_labels: (N, C) bool. text_labels: (T, C) bool, the findings that each text stands for.
+        image_labels: (N, C) bool, what each image has; training gives "subset" what it may have: all that is
+            not known to be absent.
+        text_labels: (T, C) bool, the findings that each text stands for.
         rule: "equal" or "subset".
 
     Returns:
@@ -64,17 +66,15 @@ def label_mask(image_labels, text_labels, rule):
     return fits & image_labels.any(1)[:, None] & text_labels.any(1)[None, :]
 
 
-def contrastive_loss(
-    image_features, text_features, logit_scale, false_negatives=None, *, more_images=None, more_removed=None
-):
+def contrastive_loss(image_features, text_features, logit_scale, false_negatives=None):
     """L = ½ (L_i→t + L_t→i), without the pairs that the labels call false negatives (REPRODUCE.md, the loss).
 
     Args:
         image_features, text_features: (N, D) float, unit length; row i of one belongs to row i of the other.
+            Further images, (N + E, D), have no text of their own: negatives of the N texts alone (ours).
         logit_scale: () float, multiplies the cosine.
-        false_negatives: (N, N) bool, True removes the pair; None is CLIP's loss. The diagonal always counts.
-        more_images: (E, D) float, images without a text of their own: negatives of the N texts, but for the
-            pairs that more_removed, (E, N) bool, takes out; the two go together (ours).
+        false_negatives: (N + E, N) bool, True removes the pair; None is CLIP's loss. The diagonal always
+            counts.
 
     Returns:
         () float in nats, mean of image-to-text and text-to-image.
@@ -82,26 +82,21 @@ def contrastive_loss(
     Raises:
         ValueError: the shapes do not fit.
     """
-    n = len(image_features)
-    if image_features.shape != text_features.shape or image_features.ndim != 2 or n == 0:
-        raise ValueError(
-            "image and text features need one and the same shape (N, D) with N > 0, "
-            f"not {tuple(image_features.shape)} and {tuple(text_features.shape)}"
-        )
-    if false_negatives is not None and false_negatives.shape != (n, n):
-        raise ValueError(f"false_negatives needs the shape {(n, n)}, not {tuple(false_negatives.shape)}")
+    shape = rows, n = len(image_features), len(text_features)
+    enough = 0 < n == rows or 0 < n < rows and false_negatives is not None
+    if not enough or text_features.ndim != 2 or image_features.shape[1:] != text_features.shape[1:]:
+        both = f"{tuple(image_features.shape)} and {tuple(text_features.shape)}"
+        raise ValueError(f"image and text features need one and the same shape (N, D) with N > 0, not {both}")
+    if false_negatives is not None and false_negatives.shape != shape:
+        raise ValueError(f"false_negatives needs the shape {shape}, not {tuple(false_negatives.shape)}")
 
     logits = logit_scale * image_features @ text_features.T  # s_ij
     if false_negatives is not None:
-        own = torch.eye(n, dtype=torch.bool, device=logits.device)
+        own = torch.eye(rows, n, dtype=torch.bool, device=logits.device)
         logits = logits.masked_fill(false_negatives & ~own, -math.inf)
-    columns = logits
-    if more_images is not None:
-        more = logit_scale * more_images @ text_features.T
-        columns = torch.cat([logits, more.masked_fill(more_removed, -math.inf)])  # (N + E, N)
     target = torch.arange(n, device=logits.device)
-    loss_i2t = F.cross_entropy(logits, target)
-    loss_t2i = F.cross_entropy(columns.T, target)
+    loss_i2t = F.cross_entropy(logits[:n], target)
+    loss_t2i = F.cross_entropy(logits.T, target)
     return (loss_i2t + loss_t2i) / 2
 
 
@@ -195,65 +190,37 @@ class TextEncoder(nn.Module):
 
 # ------------------------------------------------------------------------------- Swin Transformer
 #
-# Liu et al., arXiv 2103.14030. Tokens lie window by window from the patch embedding on, not row by row, so
-# that attention in windows is a view. A shifted block and a merge then move tokens by one fixed permutation
-# each, where the original rolls, cuts into windows, puts together and rolls back.
+# Liu et al., arXiv 2103.14030. Maps are (B, H, W, C) throughout.
 
 
-def window_order(side, window_size, shift=0):
-    """Row-major places of a (side, side) map, window by window; `shift` moves the windows down and right.
-
-    Returns:
-        (side²,) int64, a permutation.
-    """
-    places = torch.arange(side * side).view(side, side).roll((-shift, -shift), (0, 1))
-    n = side // window_size
-    return places.view(n, window_size, n, window_size).transpose(1, 2).flatten()
+def to_windows(x, side):
+    """(B, H, W, C) -> (B, windows, side², C), windows row by row."""
+    B, H, W, C = x.shape
+    return x.view(B, H // side, side, W // side, side, C).transpose(2, 3).reshape(B, -1, side * side, C)
 
 
-class Permutation(nn.Module):
-    """Tokens (B, L, C) -> (B, L, C) in the given order, (L,) int64."""
-
-    def __init__(self, order):
-        super().__init__()
-        self.register_buffer("order", order, persistent=False)
-        self.register_buffer("inverse", order.argsort(), persistent=False)
-
-    def forward(self, x):
-        return _Reorder.apply(x, self.order, self.inverse)
-
-
-class _Reorder(torch.autograd.Function):
-    """x[:, order] with a gather for its gradient; autograd's own scatters and adds, several times slower."""
-
-    @staticmethod
-    def forward(ctx, x, order, inverse):
-        ctx.save_for_backward(order, inverse)
-        return x[:, order]
-
-    @staticmethod
-    def backward(ctx, gradient):
-        order, inverse = ctx.saved_tensors
-        return _Reorder.apply(gradient, inverse, order), None, None
+def from_windows(x, H):
+    """The inverse of to_windows -> (B, H, H, C)."""
+    B, n, area, C = x.shape
+    n, side = math.isqrt(n), math.isqrt(area)
+    return x.view(B, n, n, side, side, C).transpose(2, 3).reshape(B, H, H, C)
 
 
 class WindowAttention(nn.Module):
     """Softmax(q kᵀ / √d + bias) v in each window; the bias goes by relative position (Swin, eq. 4).
 
     Args:
-        blocked: (L / window_size², window_size², window_size²) bool, True where a query must not see a key
-            because the shift brought them into one window from opposite edges; None without a shift.
+        blocked: (windows, window_size², window_size²) bool, True where a query must not see a key because the
+            shift brought them into one window from opposite edges; None without a shift.
     """
 
     def __init__(self, dim, num_heads, window_size, blocked=None):
         super().__init__()
         self.num_heads = num_heads
-        self.area = window_size**2
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-
         place = torch.cartesian_prod(torch.arange(window_size), torch.arange(window_size))  # (area, 2)
         offset = place[:, None] - place[None, :] + window_size - 1  # (area, area, 2), none below 0
         index = offset[..., 0] * (2 * window_size - 1) + offset[..., 1]
@@ -266,12 +233,12 @@ class WindowAttention(nn.Module):
         return bias if self.blocked is None else bias.masked_fill(self.blocked[:, None], -math.inf)
 
     def forward(self, x):
-        B, L, C = x.shape
-        qkv = self.qkv(x).view(B, L // self.area, self.area, 3, self.num_heads, C // self.num_heads)
+        B, n, area, C = x.shape
+        qkv = self.qkv(x).view(B, n, area, 3, self.num_heads, C // self.num_heads)
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)  # each (B, windows, heads, area, C / heads)
         attention = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + self.bias().to(q.dtype)
         out = attention.softmax(-1).to(v.dtype) @ v
-        return self.proj(out.transpose(2, 3).reshape(B, L, C))
+        return self.proj(out.transpose(2, 3).reshape(B, n, area, C))
 
 
 class DropPath(nn.Module):
@@ -285,23 +252,20 @@ class DropPath(nn.Module):
         if not self.training or self.rate == 0:
             return x
         keep = 1 - self.rate
-        return x * x.new_empty(len(x), 1, 1).bernoulli_(keep).div_(keep)
+        return x * x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(keep).div_(keep)
 
 
 class SwinBlock(nn.Module):
-    """(B, L, C) -> (B, L, C): W-MSA, or with a shift SW-MSA, and an MLP, each a branch after a norm."""
+    """(B, H, W, C) -> the same: W-MSA, or with a shift SW-MSA, and an MLP, each a branch after a norm."""
 
     def __init__(self, dim, num_heads, side, window_size, shift, drop_path):
         super().__init__()
+        self.window_size, self.shift = window_size, shift
         blocked = None
-        self.shift = self.unshift = nn.Identity()
         if shift:
-            plain, shifted = window_order(side, window_size), window_order(side, window_size, shift)
-            self.shift = Permutation(plain.argsort()[shifted])  # the shifted ones' places in plain order
-            self.unshift = Permutation(self.shift.inverse)
-            wrapped = torch.arange(side) < shift  # these rows and columns come round from the opposite edge
-            region = (2 * wrapped[:, None].long() + wrapped[None, :].long()).flatten()
-            region = region[shifted].view(-1, window_size**2)
+            wrapped = (torch.arange(side) >= side - shift).long()  # the roll brings these round from the edge
+            region = (2 * wrapped[:, None] + wrapped)[None, :, :, None]
+            region = to_windows(region, window_size)[0, :, :, 0]
             blocked = region[:, :, None] != region[:, None, :]
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention(dim, num_heads, window_size, blocked)
@@ -310,24 +274,29 @@ class SwinBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x):
-        x = x + self.drop_path(self.unshift(self.attn(self.shift(self.norm1(x)))))
+        y = self.norm1(x)
+        if self.shift:
+            y = y.roll((-self.shift, -self.shift), (1, 2))
+        y = from_windows(self.attn(to_windows(y, self.window_size)), x.shape[1])
+        if self.shift:
+            y = y.roll((self.shift, self.shift), (1, 2))
+        x = x + self.drop_path(y)
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class PatchMerging(nn.Module):
-    """(B, L, C) -> (B, L / 4, 2C): each 2 x 2 patch of the map becomes one token."""
+    """(B, H, W, C) -> (B, H / 2, W / 2, 2C): each 2 x 2 patch of the map becomes one token."""
 
-    def __init__(self, dim, side, window_size, next_window_size):
+    def __init__(self, dim):
         super().__init__()
-        where = window_order(side, window_size).argsort().view(side // 2, 2, side // 2, 2)
-        quads = where.permute(0, 2, 3, 1).reshape(-1, 4)  # down a column first, the original's order
-        self.gather = Permutation(quads[window_order(side // 2, next_window_size)].flatten())
         self.norm = nn.LayerNorm(4 * dim)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x):
-        B, L, C = x.shape
-        return self.reduction(self.norm(self.gather(x).view(B, L // 4, 4 * C)))
+        B, H, W, C = x.shape
+        quads = x.view(B, H // 2, 2, W // 2, 2, C)
+        quads = quads.permute(0, 1, 3, 4, 2, 5)  # down a column first, the original's order
+        return self.reduction(self.norm(quads.reshape(B, H // 2, W // 2, 4 * C)))
 
 
 class SwinTransformer(nn.Module):
@@ -375,18 +344,14 @@ class SwinTransformer(nn.Module):
 
         self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
         self.patch_norm = nn.LayerNorm(embed_dim)
-        self.register_buffer("first_order", window_order(sides[0], windows[0]), persistent=False)
         self.merges = nn.ModuleList()  # merges[i] leads into stages[i]
         self.stages = nn.ModuleList()
         for i, (side, window, depth, heads) in enumerate(zip(sides, windows, depths, num_heads, strict=True)):
             dim = embed_dim * 2**i
             shifts = [window // 2 if j % 2 == 1 and window < side else 0 for j in range(depth)]
             blocks = [SwinBlock(dim, heads, side, window, shift, rates.pop(0)) for shift in shifts]
-            merge = PatchMerging(dim // 2, sides[i - 1], windows[i - 1], window) if i > 0 else nn.Identity()
-            self.merges.append(merge)
+            self.merges.append(PatchMerging(dim // 2) if i > 0 else nn.Identity())
             self.stages.append(nn.Sequential(*blocks))
-        by_rows = window_order(sides[-1], windows[-1]).argsort()
-        self.register_buffer("by_rows", by_rows, persistent=False)
         self.norm = nn.LayerNorm(self.num_features)
         self.apply(self._init)
 
@@ -397,21 +362,16 @@ class SwinTransformer(nn.Module):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def tokens(self, images):
-        """(B, in_chans, H, W) float -> (B, L, num_features), last map after its norm, window by window."""
-        x = self.patch_embed(images).flatten(2)[:, :, self.first_order].transpose(1, 2)  # (B, L, C)
-        x = self.patch_norm(x)
+    def cells(self, images):
+        """(B, in_chans, H, W) float -> (B, S * S, num_features), the last map after its norm, row by row."""
+        x = self.patch_norm(self.patch_embed(images).permute(0, 2, 3, 1))  # (B, H, W, C)
         for merge, blocks in zip(self.merges, self.stages, strict=True):
             x = blocks(merge(x))
-        return self.norm(x)
-
-    def cells(self, images):
-        """(B, in_chans, H, W) float -> (B, S * S, num_features), the same row by row."""
-        return self.tokens(images)[:, self.by_rows]
+        return self.norm(x).flatten(1, 2)
 
     def forward(self, images):
         """(B, in_chans, H, W) float -> (B, num_features), mean over the cells of the last map."""
-        return self.tokens(images).mean(1)
+        return self.cells(images).mean(1)
 
 
 _SWIN_NAMES = (  # torchvision | Microsoft, timm | transformers before 5 | transformers from 5 -> ours
@@ -461,13 +421,8 @@ def load_swin_weights(swin, state_dict):
         parts = [weights.pop(key.replace(".attn.q.", f".attn.{name}."), torch.empty(0)) for name in "qkv"]
         if len({part.shape for part in parts}) == 1:
             weights[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
-    patches = weights.get("patch_embed.weight")
-    if (
-        patches is not None
-        and patches.ndim == 4
-        and patches.shape[1] == 3
-        and swin.patch_embed.in_channels == 1
-    ):
+    patches = weights.get("patch_embed.weight", torch.empty(0))
+    if patches.shape[1:2] == (3,) and swin.patch_embed.in_channels == 1:
         weights["patch_embed.weight"] = patches.sum(1, keepdim=True)
 
     expected = swin.state_dict()

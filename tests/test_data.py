@@ -303,8 +303,8 @@ def test_distinct_prompts_give_the_features_of_encoding_each_pair():
     model = UMCL(swin, TextEncoder(bert), prompts.ContinuousPrompt(3, 8), embed_dim=8).eval()
 
     batch = collate()
-    features = model.encode_prompt(*batch.prompts)[batch.prompt_index]
-    for feature, finding in zip(features, batch.prompt_labels[batch.prompt_index], strict=True):
+    features = model.encode_prompt(*batch.prompts)[batch.prompt_pairs.texts]
+    for feature, finding in zip(features, batch.prompt_pairs.text_labels, strict=True):
         text = prompts.label_prompt(NAMES[finding.nonzero().item()], "caption")
         alone = model.encode_prompt(*data.tokenize(TOKENIZER, [text], 32))[0]
         assert torch.allclose(feature, alone, atol=1e-6)  # padding changes the order of float32 sums, no more
@@ -315,24 +315,24 @@ def test_a_prompt_names_a_finding_that_its_image_has_and_each_gets_its_turn():
     drawn = set()
     for _ in range(20):
         batch = collate()
-        named = batch.prompt_labels[batch.prompt_index]
-        assert (named & batch.present[batch.prompt_rows]).sum(1).eq(1).all()
+        named = batch.prompt_pairs.text_labels
+        assert (named & batch.present[batch.prompt_pairs.images]).sum(1).eq(1).all()
         drawn.add(tuple(named[2].tolist()))  # of the image with cardiomegaly and edema
     assert drawn == {(True, False, False, False), (False, True, False, False)}
 
 
 def test_what_an_image_lacks_does_not_enter():
-    assert collate().prompt_rows.tolist() == [0, 1, 2, 4, 5]
-    assert len(collate([record(report="Unknown.")] * 3).prompt_rows) == 0
+    assert collate().prompt_pairs.images.tolist() == [0, 1, 2, 4, 5]
+    assert len(collate([record(report="Unknown.")] * 3).prompt_pairs.images) == 0
     assert collate([record({"Edema"})] * 3).reports == []
     batch = collate(label_prompts=False)
-    assert batch.prompts is None and len(batch.prompt_rows) == 0
+    assert batch.prompts is None and len(batch.prompt_pairs.images) == 0
 
 
 def test_every_report_enters_once_and_its_row_points_to_its_image():
     batch = collate()
-    assert sorted(batch.report_rows.tolist()) == [0, 2, 3, 4]
-    texts = [MIXED[row].report for row in batch.report_rows]
+    assert sorted(batch.report_pairs.images.tolist()) == [0, 2, 3, 4]
+    texts = [MIXED[row].report for row in batch.report_pairs.images]
     assert [t for piece in batch.reports for t in read(piece)] == read(data.tokenize(TOKENIZER, texts, 32))
 
 

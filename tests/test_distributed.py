@@ -115,7 +115,7 @@ def compute(rank, world, port, path):
             run.args.label_mask = "identical" if name == "identical" else "both"
             found, parts = gradients(run, batch_of(shares[rank]), model)
             results[name, dtype] = found
-            results[name, "removed"] = [int(mask.sum()) for _, mask, _ in parts.values() if mask is not None]
+            results[name, "removed"] = [int(mask.sum()) for _, mask in parts.values()]
     torch.save(results, f"{path}.{rank}")
 
 
@@ -179,7 +179,7 @@ def test_micro_batches_with_dropout_and_stochastic_depth_give_the_gradient_of_th
         encoded = [run.model([piece]) for piece in train.pieces_of(batch, run.args)]
         features = torch.cat([features for features, _ in encoded])
         parts = train.losses(run.args, batch, features, encoded[-1][1])
-        loss = sum(part for part, _, _ in parts.values())
+        loss = sum(part for part, _ in parts.values())
         loss.backward()
         slow = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
         near = distance({"loss": loss.detach(), **slow}, ours) <= 2e-6
@@ -199,7 +199,7 @@ def test_a_whole_batch_is_encoded_once_and_no_more_than_a_micro_batch_at_a_time(
 
         monkeypatch.setattr(tower, "forward", spy)
     gradients(run, batch)
-    whole = [len(ROWS), *(len(ids) for ids, _ in batch.reports), len(batch.prompt_labels)]
+    whole = [len(ROWS), *(len(ids) for ids, _ in batch.reports), len(batch.prompts.input_ids)]
     if size is None:
         assert sizes == whole
     else:

@@ -277,7 +277,9 @@ def test_the_log_counts_the_pairs_removed_and_the_negatives_left():
     removed = torch.tensor([[True, True, True], [False, True, True], [False, False, False]])
     one = torch.tensor(1.0)
     run = types.SimpleNamespace(model=types.SimpleNamespace(logit_scale=lambda: one))
-    line = train.measures(run, one, one, {"report": (one, removed, 3), "prompt": (one, None, 8)})
+    line = train.measures(
+        run, one, one, {"report": (one, removed), "prompt": (one, torch.zeros(8, 8, dtype=torch.bool))}
+    )
     assert (line["removed_report"], line["removed_prompt"]) == (3, 0)
     assert (line["mean_negatives_report"], line["mean_negatives_prompt"]) == (1, 7)
     assert (line["rows_without_negatives_report"], line["rows_without_negatives_prompt"]) == (1, 0)

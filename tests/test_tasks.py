@@ -305,7 +305,7 @@ def test_a_linear_probe_reads_what_the_features_hold_and_needs_labels_to_choose_
     encoded, train, valid = (hand_made(clean + 0.05 * rng.normal(size=clean.shape), labels) for _ in range(3))
     others = {"train": train, "valid": valid}
     found = evaluate.linear_probe(run, encoded, others=others.get, fractions=(20, 100), repeats=2)
-    assert found["100 % accuracy"].value == 1 and found["20 % accuracy"].trained == 2
+    assert found["100 % accuracy"].value == 1 and found["20 % accuracy"].counts == {"trained": 2}
     assert found["100 % accuracy"].constant == pytest.approx(1 / 3)
     others["valid"] = hand_made(np.eye(2), "AA")
     with pytest.raises(BadInput, match="valid"):

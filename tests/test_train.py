@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import shutil
-import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import data
 import evaluate
 import prompts
 import train
+import umcl
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def test_template_is_the_text_of_the_label_prompts_and_is_kept_for_evaluation(
 ):
     assert pretrain("--template", template, "--limit", 16) == 0
     for run, batch in steps:
-        named = [run.findings[row.nonzero().item()] for row in batch.prompt_labels]
+        named = [run.findings[number] for number in batch.prompt_pairs.text_ids.unique()]
         tokens = run.prompt_tokens([prompts.label_prompt(finding, template) for finding in named])
         length = tokens.input_ids.shape[1]  # those that were not drawn may be longer
         assert torch.equal(batch.prompts.input_ids[:, :length], tokens.input_ids)
@@ -181,10 +181,10 @@ def double_loop(batch, texts):
     texts: the report of each of the batch's reports, in their order.
     """
     disease = [name != "No Finding" for name in sorted([*data.PHANTOM_FINDINGS, "No Finding"])]
-    labels = batch.present[batch.report_rows].tolist()
+    labels = batch.present[batch.report_pairs.images].tolist()
     ill = [any(has and is_one for has, is_one in zip(row, disease, strict=True)) for row in labels]
-    named = batch.prompt_labels[batch.prompt_index].int().argmax(1).tolist()
-    images = batch.present[batch.prompt_rows].tolist()
+    named = batch.prompt_pairs.text_labels.int().argmax(1).tolist()
+    images = batch.present[batch.prompt_pairs.images].tolist()
     rows = [(i, j) for i in range(len(texts)) for j in range(len(texts)) if i != j]
     prompts = [(i, j) for i in range(len(named)) for j in range(len(named)) if i != j]
     same = {(i, j) for i, j in rows if texts[i] == texts[j]}
@@ -213,7 +213,7 @@ def test_each_mask_removes_the_pairs_that_a_double_loop_finds(
     monkeypatch.setattr(train, "training_records", with_twins)
     assert pretrain("--label-mask", mask) == 0
     for line, (_, batch) in zip(log(tmp_path / "run")[0], steps, strict=True):
-        texts = [kept[row].report for row in batch.rows[batch.report_rows].tolist()]
+        texts = [kept[row].report for row in batch.rows[batch.report_pairs.images].tolist()]
         of_reports, of_prompts = double_loop(batch, texts)
         assert line["removed_report"] == (0 if report is None else of_reports[report])
         assert line["removed_prompt"] == (0 if prompt is None else of_prompts[prompt])
@@ -240,15 +240,17 @@ def test_images_of_which_a_finding_is_known_to_be_absent_teach_and_those_without
     assert all("AUROC mean" in line for line in epochs)
 
 
-def test_an_image_is_a_negative_only_of_findings_that_it_is_known_not_to_have():
-    labels = torch.eye(2, dtype=torch.bool)
-    batch = types.SimpleNamespace(
-        present=torch.tensor([[1, 0], [0, 1], [0, 0], [0, 0]], dtype=torch.bool),
-        absent=torch.tensor([[0, 1], [1, 0], [1, 0], [0, 0]], dtype=torch.bool),
-    )
-    more = train.absent_only(batch, torch.arange(4.0)[:, None], labels)
-    assert more["more_images"].tolist() == [[2.0]]  # the last is unknown altogether
-    assert more["more_removed"].tolist() == [[False, True]]
+def test_an_image_is_a_negative_only_of_findings_that_it_is_known_not_to_have(options):
+    sets = [("AB", ""), ("B", "A"), ("", "A"), ("", "")]  # present, absent; the last is unknown altogether
+    made = [data.Record(Path(), None, frozenset(a), "", "", frozenset(b)) for a, b in sets]
+    prompts = data.Tokens(*torch.ones(2, 2, 3, dtype=torch.long))
+    batch = data.Collate(made, ["A", "B"], prompts, None, 8)([(i, torch.zeros(1, 4, 4)) for i in range(4)])
+    features = torch.nn.functional.normalize(torch.randn(4 + len(batch.prompts[0]), 5), dim=1)
+    loss, _ = train.losses(options("--no-label-mask"), batch, features, torch.tensor(5.0))["prompt"]
+    texts = features[4:][batch.prompt_pairs.texts]
+    drawn = batch.prompt_pairs.text_ids  # of the two labelled images: 0 for A, 1 for B
+    removed = torch.stack([torch.zeros(2).bool(), torch.zeros(2).bool(), drawn != 0])
+    assert torch.equal(loss, umcl.contrastive_loss(features[:3], texts, torch.tensor(5.0), removed))
 
 
 def test_reports_teach_without_any_finding(pretrain, phantoms):
@@ -273,7 +275,8 @@ def test_every_batch_has_the_reports_and_the_labels_that_the_losses_want(
     pretrain, steps, flag, reports, labels
 ):
     assert pretrain(flag) == 0
-    assert {(len(b.report_rows) > 0, len(b.prompt_rows) > 0) for _, b in steps} == {(reports, labels)}
+    found = {(len(b.report_pairs.texts) > 0, len(b.prompt_pairs.texts) > 0) for _, b in steps}
+    assert found == {(reports, labels)}
 
 
 def test_chosen_findings_are_learned_and_keep_what_the_others_say_of_them(options, phantoms):
