@@ -44,7 +44,6 @@ import numpy as np
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 import torch
 from PIL import Image, ImageOps
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 SPLITS = ("train", "valid", "test")
@@ -213,7 +212,7 @@ def grey(image):
 def pad_to_square(image):
     """Pillow image -> (1, S, S) uint8 tensor, black on both sides of the shorter dimension."""
     side = min(max(image.size), SIDE)  # a long strip would fill the memory
-    return v2.functional.pil_to_tensor(ImageOps.pad(image, (side, side)))
+    return torch.from_numpy(np.array(ImageOps.pad(image, (side, side))))[None]
 
 
 def normalise(images):
@@ -223,6 +222,8 @@ def normalise(images):
 
 def evaluation_transform(size):
     """Pillow image -> (1, size, size) uint8 tensor."""
+    from torchvision.transforms import v2  # seconds to import, which --help and summary need not wait for
+
     return v2.Compose([pad_to_square, v2.Resize((size, size), antialias=True)])
 
 
@@ -231,6 +232,8 @@ def training_transform(size, horizontal_flip=False):
 
     horizontal_flip: mirrors half of the images; that moves the heart to the right and contradicts "left".
     """
+    from torchvision.transforms import v2
+
     return v2.Compose(
         [
             pad_to_square,
@@ -1322,7 +1325,7 @@ def pack_image(side, job):
     try:
         pixels = evaluation_transform(side)(read_image(image))
         file.parent.mkdir(exist_ok=True, parents=True)
-        v2.functional.to_pil_image(pixels).save(file, "PNG")
+        Image.fromarray(pixels[0].numpy()).save(file, "PNG")
     except (BadInput, OSError) as error:
         return error
 

@@ -24,6 +24,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,13 +32,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # before torch is imported; se
 
 import numpy as np
 import torch
-import torchvision
-import transformers
+import transformers  # its classes load on first use
 from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Tokenizer
-from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 import data
 import prompts
@@ -217,275 +215,6 @@ def difference(one, other):
 def progress(items, what, **options):
     """A bar on stderr while one goes through the items, gone after it; none where stderr is a file."""
     return tqdm(items, desc=what, leave=False, disable=None, **options)
-
-
-# ------------------------------------------------------------------------------------ runs and checkpoints
-
-# Options that say where and how a run is computed: they change it by rounding and random numbers at most.
-MACHINE_OPTIONS = ("device", "workers", "threads", "micro_batch_size", "log_every", "save_every")
-# The fields of BERT's configuration that a checkpoint may set. Others, such as the kernel that computes
-# attention, could make the library fetch code.
-BERT_FIELDS = (
-    "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act pad_token_id "
-    "max_position_embeddings type_vocab_size layer_norm_eps hidden_dropout_prob attention_probs_dropout_prob"
-).split()
-
-
-class Run(NamedTuple):
-    """A model and what it needs to be used: all of it is in the checkpoint."""
-
-    model: UMCL
-    tokenizer: PreTrainedTokenizerFast
-    findings: list
-    args: argparse.Namespace
-
-    @property
-    def device(self):
-        return self.model.log_scale.device
-
-    @property
-    def batch_size(self):
-        """Images or texts to encode at a time."""
-        return self.args.micro_batch_size or self.args.batch_size
-
-    def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16")
-
-    def prompt_tokens(self, texts):
-        """Label prompts -> Tokens, cut so that the continuous prompt still fits into BERT's positions."""
-        positions = self.model.text_encoder.bert.config.max_position_embeddings
-        room = positions - (len(self.model.prompt.context) if self.model.prompt else 0)
-        return data.tokenize(self.tokenizer, texts, min(self.args.max_length, room))
-
-
-def wrap_tokenizer(tokenizer_json):
-    """A tokenizer as the checkpoint holds it -> transformers tokenizer."""
-    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer_json), **special)
-
-
-def build_image_encoder(args):
-    """The Swin Transformer of these options; sizes that do not fit are a BadInput."""
-    alike = ("image_size", "patch_size", "window_size", "drop_path")
-    sizes = {"embed_dim": args.swin_dim, "depths": args.swin_depths, "num_heads": args.swin_heads}
-    try:
-        return SwinTransformer(**sizes, **{name: getattr(args, name) for name in alike})
-    except ValueError as error:
-        raise BadInput(str(error)) from error
-
-
-def build_model(args, bert, prompt_length):
-    """Puts the parts together -> UMCL. With a prompt_length of 0 label prompts are plain text."""
-    positions = bert.config.max_position_embeddings
-    if args.max_length > positions:
-        raise BadInput(f"--max-length {args.max_length}: the text model has {positions} positions")
-    if prompt_length and positions - prompt_length < 8:
-        raise BadInput(f"--prompt-length {prompt_length}: no text fits beside it into {positions} positions")
-    prompt = prompts.ContinuousPrompt(prompt_length, bert.config.hidden_size) if prompt_length else None
-    return UMCL(build_image_encoder(args), TextEncoder(bert), prompt, embed_dim=args.embed_dim)
-
-
-def finite(model):
-    return all(torch.isfinite(parameter).all() for parameter in model.parameters())
-
-
-def save_checkpoint(path, run, progress, **more):
-    """Writes a run as tensors and plain data."""
-    if not finite(run.model):
-        raise BadInput(f"the weights are not finite any more, and {path} is left as it was; try a lower --lr")
-    state = {
-        "kind": "umcl",
-        "model": run.model.state_dict(),
-        "args": vars(run.args),
-        "findings": run.findings,
-        "tokenizer": run.tokenizer.backend_tokenizer.to_str(),
-        "bert": run.model.text_encoder.bert.config.to_json_string(),
-        "progress": progress,
-    }
-    with data.replacing(path, "xb") as file:
-        torch.save(state | more, file)
-
-
-def run_file(path):
-    """RUN or a checkpoint in it -> the checkpoint's path, of a folder that of the best epoch."""
-    return Path(path, "best.pt") if Path(path).is_dir() else Path(path)
-
-
-@contextlib.contextmanager
-def refusing(path):
-    """Turns what goes wrong with a checkpoint, in torch or in other libraries, into one BadInput."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise BadInput(f"the checkpoint {path} is not there; `python train.py` makes one") from error
-    except Exception as error:  # the libraries have no error of their own for what they cannot read or build
-        what = " ".join(str(error).split())[:200]
-        raise BadInput(f"{path} is cut short or no checkpoint of this program ({what})") from error
-
-
-def read_checkpoint(path):
-    """RUN/best.pt or RUN/last.pt -> dict of tensors and plain data, see save_checkpoint, and its "path"."""
-    with refusing(path):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["kind"] != "umcl":
-            raise ValueError("it holds something else")
-        return state | {"path": str(path)}
-
-
-def run_from_checkpoint(state, device):
-    """What read_checkpoint gives -> Run in evaluation mode."""
-    with refusing(state["path"]):
-        args = argparse.Namespace(**state["args"])
-        fields = json.loads(state["bert"])
-        fields = {name: fields[name] for name in BERT_FIELDS if name in fields}
-        if not max(fields.get("num_hidden_layers", 0), *args.swin_depths) <= len(state["model"]):
-            raise ValueError("a tower has more layers than there are weights")
-        if args.image_size > data.SIDE:
-            raise ValueError(f"its images have {args.image_size} pixels a side")
-        bert = BertModel(BertConfig(**fields, attn_implementation="sdpa"), add_pooling_layer=False)
-        model = build_model(args, bert, len(state["model"].get("prompt.context", ())))
-        model.load_state_dict(state["model"])
-        tokenizer = wrap_tokenizer(state["tokenizer"])
-        if len(tokenizer) > bert.config.vocab_size:
-            raise ValueError("its tokenizer has more pieces than its text model")
-        if not finite(model):
-            raise ValueError("its weights are not finite")
-        run = Run(model.eval(), tokenizer, state["findings"], args)
-    run.model.to(device)
-    return run
-
-
-def load_run(path, device="cpu"):
-    """RUN, RUN/best.pt or RUN/last.pt -> Run in evaluation mode; needs no text model and no network."""
-    return run_from_checkpoint(read_checkpoint(run_file(path)), device)
-
-
-def resolve_machine(args):
-    """Fills in --device and --precision auto, sets the CPU's matrix products -> torch.device of a process."""
-    if args.device == "auto":
-        found = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
-        args.device = (found + ["cpu"])[0]
-    if args.device == "cuda" and "LOCAL_RANK" in os.environ:
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.device(args.device)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
-    # The oldest version of torch supported has no public question for these.
-    avx512, amx = torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported()
-    if args.precision == "auto":
-        cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        args.precision = "bf16" if cuda or device.type == "cpu" and (avx512 or amx) else "fp32"
-    if device.type == "cpu" and avx512 and not amx:
-        # oneDNN's products: up to 1.9 times as fast as MKL's on AMD's processors; with AMX they would be bf16
-        torch.set_float32_matmul_precision("medium")
-        torch.backends.cuda.enable_flash_sdp(False)  # the CPU's, too: its backward pass is slow in bf16
-    return device
-
-
-# ------------------------------------------------------------------------------------------------ features
-
-
-class Encoded(NamedTuple):
-    """Features of N records, R of them with a report, and what is known of C findings."""
-
-    records: list
-    findings: list
-    image_features: np.ndarray  # (N, D) float32, unit length
-    report_features: np.ndarray  # (R, D) float32, unit length
-    report_rows: np.ndarray  # (R,) int, the record of each report
-    present: np.ndarray  # (N, C) bool
-    absent: np.ndarray  # (N, C) bool
-    pooled: np.ndarray  # (N, F) float32, the image tower's features before the projection
-
-    @property
-    def patients(self):
-        """(N,) int, whose image it is."""
-        return numbered((record.source, record.patient) for record in self.records)
-
-
-def numbered(names):
-    """Names -> (N,) int64, one number for each different name, in order of appearance."""
-    number = {}
-    return np.array([number.setdefault(name, len(number)) for name in names], dtype=np.int64)
-
-
-@torch.no_grad()
-def encode(run, records):
-    """Records -> Encoded, in their order; the findings are those that are present at least once."""
-    run.model.eval()
-    findings = data.vocabulary(records)
-    images = data.Images(records, data.evaluation_transform(run.args.image_size))
-    collate = data.Collate(records, findings, None, run.tokenizer, run.args.max_length)
-    loader = data.loader(images, run.args.workers, batch_size=run.batch_size, collate_fn=collate)
-    pooled, image_features, report_features, report_rows = ([] for _ in range(4))
-    for batch in progress(data.readable(loader), "images and reports", total=len(loader), unit="batch"):
-        report_rows.append(batch.rows[batch.report_pairs.images])
-        batch = data.to_device(batch, run.device)
-        with run.autocast():
-            features = run.model.image_encoder(data.normalise(batch.images))
-            image_features.append(run.model.project_image(features))
-            pooled.append(features.float().cpu())
-            report_features += [run.model.encode_text(*piece) for piece in batch.reports]
-    order = torch.cat(report_rows).argsort()  # Collate sorts the reports of a batch by length
-    return Encoded(
-        records,
-        findings,
-        finite_features(image_features),
-        finite_features(report_features or [torch.zeros(0, 1)])[order.numpy()],
-        torch.cat(report_rows)[order].numpy(),
-        *(labels.numpy() for labels in data.label_matrices(records, findings)),
-        torch.cat(pooled).numpy(),
-    )
-
-
-def finite_features(parts):
-    """[(n, D) tensor, ...] -> (N, D) float32 array."""
-    features = torch.cat(parts).cpu()
-    if not features.isfinite().all():
-        raise BadInput("the model is broken: its features are not finite; train it again with a lower --lr")
-    return features.numpy()
-
-
-@torch.no_grad()
-def encode_texts(run, texts, as_prompts=False):
-    """Reports, or label prompts with the continuous prompt put in -> (T, D) float32, unit length."""
-    run.model.eval()
-    report_tokens = partial(data.tokenize, run.tokenizer, max_length=run.args.max_length)
-    tokens_of = run.prompt_tokens if as_prompts else report_tokens
-    encode_part = run.model.encode_prompt if as_prompts else run.model.encode_text
-    features = []
-    for i in range(0, len(texts), run.batch_size):
-        tokens = data.to_device(tokens_of(texts[i : i + run.batch_size]), run.device)
-        with run.autocast():
-            features.append(encode_part(*tokens))
-    return finite_features(features)
-
-
-def encode_images(run, images):
-    """Paths, Pillow images or grey (H, W) uint8 arrays -> (N, D) float32, unit length."""
-    records = []
-    for i, image in enumerate(images):
-        image = np.asarray(data.grey(image)) if isinstance(image, Image.Image) else image
-        if not isinstance(image, np.ndarray):
-            image = Path(image)
-        elif (image.ndim, image.dtype) != (2, np.uint8):
-            raise BadInput(f"an image as array is (H, W) uint8, not {image.shape} {image.dtype}")
-        records.append(data.Record(image, None, frozenset(), str(i), "images"))
-    return encode(run, records).image_features
-
-
-def encode_prompts(run, findings):
-    """The prompt of each finding as in training -> (C, D) float32, unit length."""
-    texts = [prompts.label_prompt(finding, run.args.template) for finding in findings]
-    return encode_texts(run, texts, as_prompts=True)
-
-
-def encode_findings(run, texts):
-    """{finding: [prompt, ...]} -> [(T, D) float32 for each finding]."""
-    features = encode_texts(run, [text for each in texts.values() for text in each], as_prompts=True)
-    return np.split(features, np.cumsum([len(each) for each in texts.values()])[:-1])
 
 
 # --------------------------------------------------------------------------------------------------- tasks
@@ -950,6 +679,278 @@ def quick_scores(run, records):
     return {name: measures[name].value for name in watched if name in measures}
 
 
+# ------------------------------------------------------------------------------------ runs and checkpoints
+
+# Options that say where and how a run is computed: they change it by rounding and random numbers at most.
+MACHINE_OPTIONS = ("device", "workers", "threads", "micro_batch_size", "log_every", "save_every")
+# The fields of BERT's configuration that a checkpoint may set. Others, such as the kernel that computes
+# attention, could make the library fetch code.
+BERT_FIELDS = (
+    "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act pad_token_id "
+    "max_position_embeddings type_vocab_size layer_norm_eps hidden_dropout_prob attention_probs_dropout_prob"
+).split()
+
+
+class Run(NamedTuple):
+    """A model and what it needs to be used: all of it is in the checkpoint."""
+
+    model: UMCL
+    tokenizer: "transformers.PreTrainedTokenizerFast"
+    findings: list
+    args: argparse.Namespace
+
+    @property
+    def device(self):
+        return self.model.log_scale.device
+
+    @property
+    def batch_size(self):
+        """Images or texts to encode at a time."""
+        return self.args.micro_batch_size or self.args.batch_size
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16")
+
+    def prompt_tokens(self, texts):
+        """Label prompts -> Tokens, cut so that the continuous prompt still fits into BERT's positions."""
+        positions = self.model.text_encoder.bert.config.max_position_embeddings
+        room = positions - (len(self.model.prompt.context) if self.model.prompt else 0)
+        return data.tokenize(self.tokenizer, texts, min(self.args.max_length, room))
+
+
+def wrap_tokenizer(tokenizer_json):
+    """A tokenizer as the checkpoint holds it -> transformers tokenizer."""
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer_json), **special
+    )
+
+
+def build_image_encoder(args):
+    """The Swin Transformer of these options; sizes that do not fit are a BadInput."""
+    alike = ("image_size", "patch_size", "window_size", "drop_path")
+    sizes = {"embed_dim": args.swin_dim, "depths": args.swin_depths, "num_heads": args.swin_heads}
+    try:
+        return SwinTransformer(**sizes, **{name: getattr(args, name) for name in alike})
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+
+
+def build_model(args, bert, prompt_length):
+    """Puts the parts together -> UMCL. With a prompt_length of 0 label prompts are plain text."""
+    positions = bert.config.max_position_embeddings
+    if args.max_length > positions:
+        raise BadInput(f"--max-length {args.max_length}: the text model has {positions} positions")
+    if prompt_length and positions - prompt_length < 8:
+        raise BadInput(f"--prompt-length {prompt_length}: no text fits beside it into {positions} positions")
+    prompt = prompts.ContinuousPrompt(prompt_length, bert.config.hidden_size) if prompt_length else None
+    return UMCL(build_image_encoder(args), TextEncoder(bert), prompt, embed_dim=args.embed_dim)
+
+
+def finite(model):
+    return all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def save_checkpoint(path, run, progress, **more):
+    """Writes a run as tensors and plain data."""
+    if not finite(run.model):
+        raise BadInput(f"the weights are not finite any more, and {path} is left as it was; try a lower --lr")
+    state = {
+        "kind": "umcl",
+        "model": run.model.state_dict(),
+        "args": vars(run.args),
+        "findings": run.findings,
+        "tokenizer": run.tokenizer.backend_tokenizer.to_str(),
+        "bert": run.model.text_encoder.bert.config.to_json_string(),
+        "progress": progress,
+    }
+    with data.replacing(path, "xb") as file:
+        torch.save(state | more, file)
+
+
+def run_file(path):
+    """RUN or a checkpoint in it -> the checkpoint's path, of a folder that of the best epoch."""
+    return Path(path, "best.pt") if Path(path).is_dir() else Path(path)
+
+
+@contextlib.contextmanager
+def refusing(path):
+    """Turns what goes wrong with a checkpoint, in torch or in other libraries, into one BadInput."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise BadInput(f"the checkpoint {path} is not there; `python train.py` makes one") from error
+    except Exception as error:  # the libraries have no error of their own for what they cannot read or build
+        what = " ".join(str(error).split())[:200]
+        raise BadInput(f"{path} is cut short or no checkpoint of this program ({what})") from error
+
+
+def read_checkpoint(path):
+    """RUN/best.pt or RUN/last.pt -> dict of tensors and plain data, see save_checkpoint, and its "path"."""
+    with refusing(path):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["kind"] != "umcl":
+            raise ValueError("it holds something else")
+        return state | {"path": str(path)}
+
+
+def run_from_checkpoint(state, device):
+    """What read_checkpoint gives -> Run in evaluation mode."""
+    with refusing(state["path"]):
+        args = argparse.Namespace(**state["args"])
+        fields = json.loads(state["bert"])
+        fields = {name: fields[name] for name in BERT_FIELDS if name in fields}
+        if not max(fields.get("num_hidden_layers", 0), *args.swin_depths) <= len(state["model"]):
+            raise ValueError("a tower has more layers than there are weights")
+        if args.image_size > data.SIDE:
+            raise ValueError(f"its images have {args.image_size} pixels a side")
+        config = transformers.BertConfig(**fields, attn_implementation="sdpa")
+        bert = transformers.BertModel(config, add_pooling_layer=False)
+        model = build_model(args, bert, len(state["model"].get("prompt.context", ())))
+        model.load_state_dict(state["model"])
+        tokenizer = wrap_tokenizer(state["tokenizer"])
+        if len(tokenizer) > bert.config.vocab_size:
+            raise ValueError("its tokenizer has more pieces than its text model")
+        if not finite(model):
+            raise ValueError("its weights are not finite")
+        run = Run(model.eval(), tokenizer, state["findings"], args)
+    run.model.to(device)
+    return run
+
+
+def load_run(path, device="cpu"):
+    """RUN, RUN/best.pt or RUN/last.pt -> Run in evaluation mode; needs no text model and no network."""
+    return run_from_checkpoint(read_checkpoint(run_file(path)), device)
+
+
+def resolve_machine(args):
+    """Fills in --device and --precision auto, sets the CPU's matrix products -> torch.device of a process."""
+    if args.device == "auto":
+        found = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
+        args.device = (found + ["cpu"])[0]
+    if args.device == "cuda" and "LOCAL_RANK" in os.environ:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(args.device)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
+    # The oldest version of torch supported has no public question for these.
+    avx512, amx = torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported()
+    if args.precision == "auto":
+        cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.precision = "bf16" if cuda or device.type == "cpu" and (avx512 or amx) else "fp32"
+    if device.type == "cpu" and avx512 and not amx:
+        # oneDNN's products: up to 1.9 times as fast as MKL's on AMD's processors; with AMX they would be bf16
+        torch.set_float32_matmul_precision("medium")
+        torch.backends.cuda.enable_flash_sdp(False)  # the CPU's, too: its backward pass is slow in bf16
+    return device
+
+
+# ------------------------------------------------------------------------------------------------ features
+
+
+class Encoded(NamedTuple):
+    """Features of N records, R of them with a report, and what is known of C findings."""
+
+    records: list
+    findings: list
+    image_features: np.ndarray  # (N, D) float32, unit length
+    report_features: np.ndarray  # (R, D) float32, unit length
+    report_rows: np.ndarray  # (R,) int, the record of each report
+    present: np.ndarray  # (N, C) bool
+    absent: np.ndarray  # (N, C) bool
+    pooled: np.ndarray  # (N, F) float32, the image tower's features before the projection
+
+    @property
+    def patients(self):
+        """(N,) int, whose image it is."""
+        return numbered((record.source, record.patient) for record in self.records)
+
+
+def numbered(names):
+    """Names -> (N,) int64, one number for each different name, in order of appearance."""
+    number = {}
+    return np.array([number.setdefault(name, len(number)) for name in names], dtype=np.int64)
+
+
+@torch.no_grad()
+def encode(run, records):
+    """Records -> Encoded, in their order; the findings are those that are present at least once."""
+    run.model.eval()
+    findings = data.vocabulary(records)
+    images = data.Images(records, data.evaluation_transform(run.args.image_size))
+    collate = data.Collate(records, findings, None, run.tokenizer, run.args.max_length)
+    loader = data.loader(images, run.args.workers, batch_size=run.batch_size, collate_fn=collate)
+    pooled, image_features, report_features, report_rows = ([] for _ in range(4))
+    for batch in progress(data.readable(loader), "images and reports", total=len(loader), unit="batch"):
+        report_rows.append(batch.rows[batch.report_pairs.images])
+        batch = data.to_device(batch, run.device)
+        with run.autocast():
+            features = run.model.image_encoder(data.normalise(batch.images))
+            image_features.append(run.model.project_image(features))
+            pooled.append(features.float().cpu())
+            report_features += [run.model.encode_text(*piece) for piece in batch.reports]
+    order = torch.cat(report_rows).argsort()  # Collate sorts the reports of a batch by length
+    return Encoded(
+        records,
+        findings,
+        finite_features(image_features),
+        finite_features(report_features or [torch.zeros(0, 1)])[order.numpy()],
+        torch.cat(report_rows)[order].numpy(),
+        *(labels.numpy() for labels in data.label_matrices(records, findings)),
+        torch.cat(pooled).numpy(),
+    )
+
+
+def finite_features(parts):
+    """[(n, D) tensor, ...] -> (N, D) float32 array."""
+    features = torch.cat(parts).cpu()
+    if not features.isfinite().all():
+        raise BadInput("the model is broken: its features are not finite; train it again with a lower --lr")
+    return features.numpy()
+
+
+@torch.no_grad()
+def encode_texts(run, texts, as_prompts=False):
+    """Reports, or label prompts with the continuous prompt put in -> (T, D) float32, unit length."""
+    run.model.eval()
+    report_tokens = partial(data.tokenize, run.tokenizer, max_length=run.args.max_length)
+    tokens_of = run.prompt_tokens if as_prompts else report_tokens
+    encode_part = run.model.encode_prompt if as_prompts else run.model.encode_text
+    features = []
+    for i in range(0, len(texts), run.batch_size):
+        tokens = data.to_device(tokens_of(texts[i : i + run.batch_size]), run.device)
+        with run.autocast():
+            features.append(encode_part(*tokens))
+    return finite_features(features)
+
+
+def encode_images(run, images):
+    """Paths, Pillow images or grey (H, W) uint8 arrays -> (N, D) float32, unit length."""
+    records = []
+    for i, image in enumerate(images):
+        image = np.asarray(data.grey(image)) if isinstance(image, Image.Image) else image
+        if not isinstance(image, np.ndarray):
+            image = Path(image)
+        elif (image.ndim, image.dtype) != (2, np.uint8):
+            raise BadInput(f"an image as array is (H, W) uint8, not {image.shape} {image.dtype}")
+        records.append(data.Record(image, None, frozenset(), str(i), "images"))
+    return encode(run, records).image_features
+
+
+def encode_prompts(run, findings):
+    """The prompt of each finding as in training -> (C, D) float32, unit length."""
+    texts = [prompts.label_prompt(finding, run.args.template) for finding in findings]
+    return encode_texts(run, texts, as_prompts=True)
+
+
+def encode_findings(run, texts):
+    """{finding: [prompt, ...]} -> [(T, D) float32 for each finding]."""
+    features = encode_texts(run, [text for each in texts.values() for text in each], as_prompts=True)
+    return np.split(features, np.cumsum([len(each) for each in texts.values()])[:-1])
+
+
 # ------------------------------------------------------------------------------------------------ pictures
 
 FONT = ImageFont.load_default(13)
@@ -967,7 +968,7 @@ def gallery(encoded, path, rows=4, columns=3, side=224):
     draw = ImageDraw.Draw(picture)
     for top, query in zip(range(0, picture.height, height), queries, strict=True):
         view = data.evaluation_transform(side)(data.read_image(records[query].image))
-        picture.paste(to_pil_image(view), (0, top + title))
+        picture.paste(Image.fromarray(view[0].numpy()), (0, top + title))
         draw.text((4, top + 4), ", ".join(sorted(records[query].findings))[:32], "black", FONT)
         for rank, near in enumerate((-(images[query] @ encoded.report_features.T)).argsort()[:columns], 1):
             match, left = (labels[near] == labels[query]).all() and labels[query].any(), rank * width
@@ -1108,7 +1109,7 @@ def result_of(task, args, run, encoded, checkpoint, chosen, measures, options):
         "fingerprint": {"labels": labels, "reports": reports},
         "seed": run.args.seed,
         "commit": commit(),
-        "versions": {m.__name__: m.__version__ for m in (np, torch, torchvision, transformers)},
+        "versions": {name: version(name) for name in ("numpy", "torch", "torchvision", "transformers")},
         "metrics": {metric: entry_of(measure) for metric, measure in bar},
     }
     if "prompt_set" in options:

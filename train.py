@@ -31,12 +31,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # before torch is imported; se
 
 import torch
 import torch.distributed as dist
+import transformers
 from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors.torch import load_file
 from tokenizers import BertWordPieceTokenizer, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
-from transformers import AutoTokenizer, BertConfig, BertModel
 
 import data
 import evaluate
@@ -316,9 +316,9 @@ def load_text_model(name):
         local = Path(name).is_dir() or isinstance(try_to_load_from_cache(name, "config.json"), str)
         if not local:
             HfApi().model_info(name, timeout=3)  # from_pretrained would try for a minute
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
         options = {"add_pooling_layer": False, "attn_implementation": "sdpa", "local_files_only": local}
-        bert, info = BertModel.from_pretrained(name, output_loading_info=True, **options)
+        bert, info = transformers.BertModel.from_pretrained(name, output_loading_info=True, **options)
         if info["missing_keys"]:
             raise ValueError(f"it lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}")
         if not evaluate.finite(bert):
@@ -339,8 +339,8 @@ def small_text_model(args, texts):
     tokenizer = wrap_tokenizer(learn_tokenizer(texts).to_str())
     sizes = dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512)
     sizes |= {"vocab_size": len(tokenizer), "max_position_embeddings": args.max_length + args.prompt_length}
-    config = BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    return BertModel(config, add_pooling_layer=False), tokenizer
+    config = transformers.BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return transformers.BertModel(config, add_pooling_layer=False), tokenizer
 
 
 def load_image_weights(swin, file):
