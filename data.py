@@ -292,27 +292,22 @@ class Tokens(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """N images, each with a text of its own, and what the label mask is told of both."""
+    """N images of a batch, each with a text of its own."""
 
     images: torch.Tensor  # (N,) int64, rows of the batch's images
     texts: torch.Tensor  # (N,) int64, rows of its reports, or of its distinct prompts
-    image_labels: torch.Tensor  # (N, C) bool
-    text_labels: torch.Tensor  # (N, C) bool
-    text_ids: torch.Tensor  # (N,) int64, alike where two texts are equal word for word
+    text_ids: torch.Tensor  # (N,) int64, alike where two texts are equal; of prompts the finding they name
 
 
 class Batch(NamedTuple):
-    """The input of one training step: B images, R reports, P distinct label prompts, and who belongs to whom.
-
-    Reports of two normal chests can differ, so they stay each other's negatives, and so do those of two
-    chests with devices alone: the mask is given a report's labels only where a disease is among them. Label
-    prompts cannot differ in this way, and fit all images that may have the finding (ours).
-    """
+    """The input of one training step: B images, R reports, P distinct label prompts, their pairs."""
 
     rows: torch.Tensor  # (B,) int64, the places of these records in their list
     images: torch.Tensor  # (B, 1, S, S) uint8, a quarter of a float's bytes on the way to the device
+    image_ids: torch.Tensor  # (B,) int64, alike where two records have the same image
     present: torch.Tensor  # (B, C) bool
     absent: torch.Tensor  # (B, C) bool
+    diseases: torch.Tensor  # (C,) bool, which findings are diseases
     reports: list  # of Tokens, R rows in all, sorted by length; each piece is padded to its longest
     prompts: Tokens  # P rows, the distinct prompts drawn in this batch; None where none are trained
     report_pairs: Pairs  # R
@@ -334,6 +329,12 @@ def in_pieces(tokens, pieces):
     return order, cut
 
 
+def numbered(names):
+    """Names -> (N,) int64, one number for each different name, in order of appearance."""
+    number = {}
+    return torch.tensor([number.setdefault(name, len(number)) for name in names], dtype=torch.long)
+
+
 class Collate:
     """Makes a Batch of what Images gives; each labelled image draws one of its findings as its prompt.
 
@@ -345,9 +346,9 @@ class Collate:
     def __init__(self, records, findings, prompts, tokenizer, max_length, pieces=4):
         self.records = records
         self.present, self.absent = label_matrices(records, findings)
-        number = {}  # of each different report, the same in every process
-        self.report_ids = torch.tensor([number.setdefault(record.report, len(number)) for record in records])
-        self.disease = torch.tensor([name not in NON_DISEASES for name in findings], dtype=torch.bool)
+        self.report_ids = numbered(r.report and " ".join(r.report.lower().split()) for r in records)
+        self.image_ids = numbered(r.image if isinstance(r.image, Path) else id(r.image) for r in records)
+        self.diseases = torch.tensor([name not in NON_DISEASES for name in findings], dtype=torch.bool)
         self.prompts = prompts
         self.tokenizer = tokenizer
         self.max_length = max_length
@@ -365,11 +366,7 @@ class Collate:
             order, reports = in_pieces(tokens, self.pieces)
             report_rows = report_rows[order]
 
-        report_labels = present[report_rows]
-        report_labels &= (report_labels & self.disease).any(1, keepdim=True)
-        report_ids = self.report_ids[rows][report_rows]
         every_report = torch.arange(len(report_rows))
-
         prompt_rows = present.any(1).nonzero()[:, 0] if self.prompts else torch.zeros(0, dtype=torch.long)
         # An image's draw depends on this number and on the image, not on the others in its batch.
         seed = int(torch.randint(2**31, ()))
@@ -379,17 +376,17 @@ class Collate:
         ]
         drawn = torch.tensor(drawn, dtype=torch.long)
         distinct, prompt_index = drawn.unique(return_inverse=True)
-        named = torch.eye(present.shape[1], dtype=torch.bool)[drawn]
-        possible = ~self.absent[rows][prompt_rows]  # an unknown finding makes no negative
         return Batch(
             rows=rows,
             images=torch.stack([image for _, image in items]) if items else torch.zeros(0, 1, 1, 1),
+            image_ids=self.image_ids[rows],
             present=present,
             absent=self.absent[rows],
+            diseases=self.diseases,
             reports=reports,
             prompts=Tokens(*(t[distinct] for t in self.prompts)) if self.prompts else None,
-            report_pairs=Pairs(report_rows, every_report, report_labels, report_labels, report_ids),
-            prompt_pairs=Pairs(prompt_rows, prompt_index, possible, named, drawn),
+            report_pairs=Pairs(report_rows, every_report, self.report_ids[rows][report_rows]),
+            prompt_pairs=Pairs(prompt_rows, prompt_index, drawn),
         )
 
 

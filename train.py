@@ -43,7 +43,14 @@ import evaluate
 import prompts
 from data import ArgumentParser, BadInput, number_type
 from evaluate import MACHINE_OPTIONS, Run, build_model, read_checkpoint, wrap_tokenizer
-from umcl import MAX_LOGIT_SCALE, contrastive_loss, label_mask, load_swin_weights
+from umcl import (
+    MAX_LOGIT_SCALE,
+    attracting_loss,
+    contrastive_loss,
+    load_swin_weights,
+    prompt_mask,
+    report_mask,
+)  # fmt: skip
 
 SMALL_BERT = "small"  # --text-model: a BERT trained from scratch, with a vocabulary of its own
 TIMEOUT = timedelta(hours=2)  # of a silent process; long, since the others wait while the first validates
@@ -99,28 +106,42 @@ def losses(args, batch, features, scale):
     counts = [len(batch.rows), len(batch.report_pairs.texts), len(batch.prompts[0]) if batch.prompts else 0]
     images, reports, distinct = features[: sum(counts)].split(counts)  # (B, D), (R, D), (P, D)
     found = {}
-    of_kind = {"report": (reports, batch.report_pairs), "prompt": (distinct, batch.prompt_pairs)}
-    for kind, (texts, pairs) in of_kind.items():
-        v, u, *known = gather_rows(images[pairs.images], texts[pairs.texts], *pairs[2:])
-        if not len(u):
-            continue
-        removed = whole = false_negatives(args.label_mask, kind, *known)
-        if kind == "prompt":  # images of which only absent findings are known: negatives of their prompts
+
+    rows, texts, ids = batch.report_pairs
+    v, u, present, ids, image_ids = gather_rows(
+        images[rows], reports[texts], batch.present[rows], ids, batch.image_ids[rows]
+    )
+    if len(u):
+        known = present if args.label_mask in ("both", "reports") else torch.zeros_like(present)
+        removed = report_mask(known, batch.diseases, ids, image_ids)
+        found["report"] = contrast(args.objective, v, u, scale, removed, ids)
+
+    rows, texts, ids = batch.prompt_pairs
+    v, u, absent, ids = gather_rows(images[rows], distinct[texts], batch.absent[rows], ids)
+    if len(u):
+        removed = ids[:, None] == ids
+        if args.label_mask in ("both", "prompts"):
+            # An image of which only absent findings are known has no prompt: a negative of these findings'.
             rows = (~batch.present.any(1) & batch.absent.any(1)).nonzero()[:, 0]
-            more, possible = gather_rows(images[rows], ~batch.absent[rows])
-            v, whole = torch.cat([v, more]), torch.cat([whole, label_mask(possible, known[1], "subset")])
-        found[kind] = contrastive_loss(v, u, scale, whole), removed
+            more, lacking = gather_rows(images[rows], batch.absent[rows])
+            v, removed = torch.cat([v, more]), prompt_mask(torch.cat([absent, lacking]), ids)
+        found["prompt"] = contrast(args.objective, v, u, scale, removed, ids)
     return found
 
 
-def false_negatives(mask, kind, image_labels, text_labels, text_ids):
-    """F: which pairs of a batch are no negatives, by --label-mask -> (N, N) bool; see data.Pairs."""
-    if mask == "none":
-        return torch.zeros(len(text_ids), len(text_ids), dtype=torch.bool, device=text_ids.device)
-    removed = text_ids[:, None] == text_ids  # an equal text is no negative (ours)
-    if mask in ("both", f"{kind}s"):
-        removed |= label_mask(image_labels, text_labels, {"report": "equal", "prompt": "subset"}[kind])
-    return removed
+def contrast(objective, v, u, scale, same, text_ids):
+    """The loss that --objective names, and the pairs that it removes -> () float, (N, N) bool.
+
+    v: (N + E, D) and u: (N, D) float, unit length. same: (N + E, N) bool, F. text_ids: (N,) int64.
+    """
+    n, nothing = len(u), torch.zeros_like(same[: len(u)])
+    if objective == "mask":
+        return contrastive_loss(v, u, scale, same, text_ids), same[:n]
+    if objective == "repeated":
+        return contrastive_loss(v, u, scale, same), same[:n]
+    if objective == "clip":
+        return contrastive_loss(v[:n], u, scale), nothing
+    return attracting_loss(v, u, scale, same, objective), nothing
 
 
 def backward(run, batch, model, seed):
@@ -205,9 +226,12 @@ def build_parser():
     add("--prompt-length", type=natural, default=32, help="vectors; paper: 16 and 64 are worse than between")
     add("--template", default="caption",
         help=f"around the finding: {', '.join(prompts.TEMPLATES)}, or a text of yours with {{}}")
-    add("--label-mask", choices=("both", "reports", "prompts", "identical", "none"), default="both",
-        help="texts whose same-label pairs are no negatives; identical: only equal texts; none: CLIP's loss")
-    add("--no-label-mask", dest="label_mask", action="store_const", const="none", help="--label-mask none")
+    add("--objective", choices=("mask", "repeated", "clip", "unicl", "multi-positive", "soft"),
+        default="mask", help="mask: same-label pairs are no negatives; repeated: and equal texts count as "
+        "often as they come; clip: they are negatives; the others draw them together, as peers do")
+    add("--no-label-mask", dest="objective", action="store_const", const="clip", help="--objective clip")
+    add("--label-mask", choices=("both", "reports", "prompts", "identical"), default="both",
+        help="texts whose labels say which pairs those are; identical: none, only equal texts are the same")
     add("--image-text", action=on_off, default=True, help="off: no report is read")
     add("--image-label", action=on_off, default=True, help="off: no label prompt is made")
     add("--prompt-weight", type=number_type(float, 0), default=1.0, help="lambda of the prompts' loss (ours)")

@@ -5,7 +5,8 @@ abstract or a summary of it), *family* (what the papers it builds on do) or *our
 equations and lists all of these choices.
 
 Symbol            Name here                        Shape and type
-B, N              -                                images of a batch; those that have a text
+B                 -                                images of a batch
+N, E              -                                those that have a text; those that have none
 H, W, D, L        -                                height, width, embedding, tokens
 C                 -                                findings, "No Finding" among them
 x_i               images                           (B, 1, H, W) float
@@ -14,12 +15,12 @@ y_i               labels                           (B, C) bool; a row without an
 v_i, u_j          image_features, text_features    (N, D) float, unit length
 τ                 logit_scale                      () float, at most 100, multiplies the cosine
 s_ij              logits                           (N, N) float, row = image, column = text
-F_ij              false_negatives                  (N, N) bool, True = text j could as well describe image i
+F_ij              false_negatives                  (N + E, N) bool, True = text j could be image i's as well
 p_1 ... p_M       ContinuousPrompt.context         (prompt_length, hidden) float, in prompts.py
 M (Swin)          window_size                      positions a side of one attention window
 
-In reading order: the label mask and the loss, which are the paper's; the model; BERT's wrapper; the Swin
-Transformer.
+In reading order: which pairs are false negatives and the loss without them, the paper's idea; the model;
+BERT's wrapper; the Swin Transformer.
 """
 
 import math
@@ -37,15 +38,15 @@ MAX_LOGIT_SCALE = 100.0  # family: CLIP
 
 
 def label_mask(image_labels, text_labels, rule):
-    """F_ij: which texts could as well have been written for which images (paper: the same label).
+    """Which texts could as well have been written for which images, by their labels (paper: the labels say
+    which pairs are false negatives; how they say it is ours).
 
     A report speaks of the whole image, so it fits the images with exactly its findings: rule "equal",
     y_j = y_i. A label prompt states only what it names, so it fits every image that has it all: rule
-    "subset", y_j ⊆ y_i. With one finding an image both say "same label"; the two rules are ours.
+    "subset", y_j ⊆ y_i. With one finding an image both say "same label".
 
     Args:
-        image_labels: (N, C) bool, what each image has; training gives "subset" what it may have: all that is
-            not known to be absent.
+        image_labels: (N, C) bool, the findings that each image has, or may have.
         text_labels: (T, C) bool, the findings that each text stands for.
         rule: "equal" or "subset".
 
@@ -59,22 +60,58 @@ def label_mask(image_labels, text_labels, rule):
         raise ValueError(f"labels have to be bool, not {image_labels.dtype} and {text_labels.dtype}")
     if rule not in ("equal", "subset"):
         raise ValueError(f'the rule is "equal" or "subset", not {rule!r}')
-    # Counts of findings that one side has and the other lacks; rounding is harmless, as only zero matters.
+    # Counts of the findings that one side has and the other lacks; only whether they are 0 is used.
     fits = (~image_labels).float() @ text_labels.float().T == 0
     if rule == "equal":
         fits &= image_labels.float() @ (~text_labels).float().T == 0
     return fits & image_labels.any(1)[:, None] & text_labels.any(1)[None, :]
 
 
-def contrastive_loss(image_features, text_features, logit_scale, false_negatives=None):
-    """L = ½ (L_i→t + L_t→i), without the pairs that the labels call false negatives (REPRODUCE.md, the loss).
+def report_mask(present, diseases, text_ids, image_ids):
+    """F_ij of reports: a report equal to report j is of image i, or of an image with the same labels.
+
+    Reports of two normal chests can differ, so they stay each other's negatives, and so do those of two
+    chests with devices alone: labels count only where a disease is among them (ours).
+
+    Args:
+        present: (N, C) bool, the findings of each report's image. diseases: (C,) bool, which findings are.
+        text_ids, image_ids: (N,) int64, alike where two reports, or their images, are the same.
+
+    Returns:
+        (N, N) bool, True = report j is no negative of image i.
+    """
+    ill = present & (present & diseases).any(1, keepdim=True)
+    fits = label_mask(ill, ill, "equal") | (image_ids[:, None] == image_ids)
+    equal_texts = (text_ids[:, None] == text_ids).float()
+    return fits.float() @ equal_texts > 0
+
+
+def prompt_mask(absent, named):
+    """F_ij of label prompts: image i may have the finding that prompt j names (ours).
+
+    It may unless it is known not to: a finding that nobody looked for makes no negative.
+
+    Args:
+        absent: (N + E, C) bool, the findings that each image is known not to have.
+        named: (N,) int64, the finding that each prompt names.
+
+    Returns:
+        (N + E, N) bool, True = prompt j is no negative of image i.
+    """
+    return label_mask(~absent, F.one_hot(named, absent.shape[1]).bool(), "subset")
+
+
+def contrastive_loss(image_features, text_features, logit_scale, false_negatives=None, text_ids=None):
+    """L = ½ (L_i→t + L_t→i), without the pairs that are false negatives (REPRODUCE.md, the loss).
 
     Args:
         image_features, text_features: (N, D) float, unit length; row i of one belongs to row i of the other.
             Further images, (N + E, D), have no text of their own: negatives of the N texts alone (ours).
         logit_scale: () float, multiplies the cosine.
-        false_negatives: (N + E, N) bool, True removes the pair; None is CLIP's loss. The diagonal always
-            counts.
+        false_negatives: (N + E, N) bool, F: True removes the pair. The diagonal always counts. None removes
+            nothing; without text_ids and further images that is CLIP's loss.
+        text_ids: (N,) int64, alike where two texts are equal. Given them, an image meets each different text
+            once, however often the batch has it; else it learns how frequent the texts are (ours).
 
     Returns:
         () float in nats, mean of image-to-text and text-to-image.
@@ -82,22 +119,59 @@ def contrastive_loss(image_features, text_features, logit_scale, false_negatives
     Raises:
         ValueError: the shapes do not fit.
     """
-    shape = rows, n = len(image_features), len(text_features)
-    enough = 0 < n == rows or 0 < n < rows and false_negatives is not None
-    if not enough or text_features.ndim != 2 or image_features.shape[1:] != text_features.shape[1:]:
-        both = f"{tuple(image_features.shape)} and {tuple(text_features.shape)}"
-        raise ValueError(f"image and text features need one and the same shape (N, D) with N > 0, not {both}")
-    if false_negatives is not None and false_negatives.shape != shape:
-        raise ValueError(f"false_negatives needs the shape {shape}, not {tuple(false_negatives.shape)}")
-
+    rows, n = len(image_features), len(text_features)
+    check_shapes(image_features, text_features, false_negatives)
     logits = logit_scale * image_features @ text_features.T  # s_ij
+    own = torch.eye(rows, n, dtype=torch.bool, device=logits.device)
     if false_negatives is not None:
-        own = torch.eye(rows, n, dtype=torch.bool, device=logits.device)
         logits = logits.masked_fill(false_negatives & ~own, -math.inf)
+    of_images = logits[:n]  # s_ij of the sum over j
+    if text_ids is not None:
+        repeated = (text_ids[:, None] == text_ids).tril(-1).any(1)  # an equal text stands before it
+        of_images = of_images.masked_fill(repeated & ~own[:n], -math.inf)
     target = torch.arange(n, device=logits.device)
-    loss_i2t = F.cross_entropy(logits[:n], target)
+    loss_i2t = F.cross_entropy(of_images, target)
     loss_t2i = F.cross_entropy(logits.T, target)
     return (loss_i2t + loss_t2i) / 2
+
+
+def check_shapes(image_features, text_features, pairs):
+    """Refuses what contrastive_loss and attracting_loss cannot compare, by a ValueError."""
+    rows, n = len(image_features), len(text_features)
+    alike = image_features.shape[1:] == text_features.shape[1:] and text_features.ndim == 2
+    if not alike or n == 0 or rows < n or (rows > n and pairs is None):
+        both = f"{tuple(image_features.shape)} and {tuple(text_features.shape)}"
+        raise ValueError(f"image and text features need one and the same shape (N, D) with N > 0, not {both}")
+    if pairs is not None and pairs.shape != (rows, n):
+        raise ValueError(f"the pairs need the shape {(rows, n)}, not {tuple(pairs.shape)}")
+
+
+def attracting_loss(image_features, text_features, logit_scale, same, kind):
+    """Peers' objectives, for comparison: same-label pairs are drawn together, not left out (family).
+
+    Args:
+        image_features, text_features, logit_scale: as for contrastive_loss.
+        same: (N + E, N) bool, F: the pairs that are positives beside the diagonal.
+        kind: "unicl", the mean over an image's positives outside the logarithm (UniCL 2204.03610);
+            "multi-positive", their sum inside it (MIL-NCE 1912.06430); "soft", cross-entropy with the softmax
+            of label similarity as target (MedCLIP 2210.10163; here it is 1 or 0, divided by 0.25, ours).
+
+    Returns:
+        () float in nats, mean of both directions.
+    """
+    check_shapes(image_features, text_features, same)
+    n, logits = len(text_features), logit_scale * image_features @ text_features.T
+    same = same | torch.eye(*logits.shape, dtype=torch.bool, device=logits.device)
+
+    def one_way(logits, same):
+        log_p = logits.log_softmax(1)
+        if kind == "multi-positive":
+            return -log_p.masked_fill(~same, -math.inf).logsumexp(1).mean()
+        alike = same.to(log_p.dtype)
+        target = alike / alike.sum(1, keepdim=True) if kind == "unicl" else (alike / 0.25).softmax(1)
+        return -(target * log_p).sum(1).mean()
+
+    return (one_way(logits[:n], same[:n]) + one_way(logits.T, same.T)) / 2
 
 
 class UMCL(nn.Module):

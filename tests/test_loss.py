@@ -1,12 +1,13 @@
 """The label mask and the loss: what labels remove, and that they change nothing else."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from umcl import UMCL, contrastive_loss, label_mask
+from umcl import UMCL, attracting_loss, contrastive_loss, label_mask, prompt_mask, report_mask
 
 SCALE = torch.tensor(5.0, dtype=torch.float64)
 EXACT = dict(rtol=0, atol=1e-12)  # float64 rounds at 1e-16, and these sums have some hundred terms of size 1
@@ -106,6 +107,54 @@ def test_batch_order_does_not_matter():
     torch.testing.assert_close(shuffled, contrastive_loss(images, texts, SCALE, removed), **EXACT)
 
 
+def test_an_image_meets_equal_texts_once():
+    images, texts, _ = random_batch(6)
+    ids = torch.tensor([0, 1, 0, 2, 1, 0])
+    texts = texts[ids]
+    removed, once = ids[:, None] == ids, [0, 1, 3]
+    ours = contrastive_loss(images, texts, SCALE, removed, ids)
+    logits = SCALE * images @ texts[once].T  # (6, 3), of the different texts
+    of_images = F.cross_entropy(logits, ids)
+    of_texts = 2 * contrastive_loss(images, texts, SCALE, removed) - F.cross_entropy(
+        (SCALE * images @ texts.T).masked_fill(removed & ~torch.eye(6).bool(), -torch.inf), torch.arange(6)
+    )
+    torch.testing.assert_close(2 * ours, of_images + of_texts, **EXACT)
+
+
+def learned_bias(n, share, text_ids):
+    """How far apart two prompts' scores come to lie on images that say nothing, by their loss alone.
+
+    n images, `share` of them of class 0; one score for each class, the same for all images.
+    """
+    classes = (torch.arange(n) >= round(share * n)).long()
+    bias = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([bias], max_iter=200, line_search_fn="strong_wolfe")
+    removed = classes[:, None] == classes
+    images = torch.ones(n, 1, dtype=torch.float64)
+
+    def loss():
+        optimizer.zero_grad()
+        scores = torch.stack([bias, torch.zeros_like(bias)])
+        value = contrastive_loss(
+            images, scores[classes][:, None], 1.0, removed, classes if text_ids else None
+        )
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return bias.item()
+
+
+@pytest.mark.parametrize("n", [20, 40, 200])
+def test_images_that_say_nothing_teach_the_log_prior_whatever_the_batch(n):
+    assert learned_bias(n, 0.9, text_ids=True) == pytest.approx(math.log(0.9 / 0.1), abs=1e-4)
+
+
+@pytest.mark.parametrize("n", [20, 40, 200])
+def test_repeated_texts_teach_more_than_the_prior_and_more_the_larger_the_batch(n):
+    assert learned_bias(n, 0.9, text_ids=False) == pytest.approx(math.asinh(n * 0.8 / 2), abs=1e-4)
+
+
 def test_removing_pairs_never_raises_the_loss():
     images, texts, _ = random_batch(5)
     removed, losses = torch.zeros(25, dtype=torch.bool), []
@@ -171,6 +220,63 @@ def test_images_with_the_same_finding_do_not_push_each_others_prompts():
     images, prompts = findings("edema effusion", "edema", "effusion"), findings("edema", "edema", "effusion")
     push = pair_gradient(label_mask(images, prompts, "subset")) > 0
     assert push.int().tolist() == [[0, 0, 0], [0, 0, 1], [1, 1, 0]]
+
+
+def test_reports_of_equal_words_of_one_image_or_of_equal_diseases_are_no_negatives():
+    present = findings("edema", "edema", "pneumonia", "effusion", "effusion pneumonia", "effusion")
+    diseases = torch.tensor([True, False, True])  # effusion stands for a device
+    words, image = torch.tensor([0, 1, 1, 2, 3, 4]), torch.tensor([0, 1, 2, 3, 4, 0])
+    ours = report_mask(present, diseases, words, image)
+    wanted = torch.zeros(6, 6, dtype=torch.bool)
+    for i in range(6):
+        for j in range(6):
+            fits = [image[k] == image[i] or present[k].equal(present[i]) and (present[i] & diseases).any()
+                    for k in range(6) if words[k] == words[j]]  # fmt: skip
+            wanted[i, j] = any(fits)
+    assert torch.equal(ours, wanted) and ours[0, 2] and not ours[3, 5]
+
+
+def test_an_image_is_no_negative_of_a_prompt_unless_it_is_known_to_lack_the_finding():
+    absent = findings("edema", "effusion pneumonia", "", "edema effusion pneumonia")
+    assert prompt_mask(absent, torch.tensor([0, 1])).int().tolist() == [[0, 1], [1, 0], [1, 1], [0, 0]]
+
+
+def attracted_by_loop(images, texts, same, kind):
+    """The peers' objectives read aloud, one direction and one row at a time."""
+
+    def one_way(s, same, rows):
+        total = 0
+        for i in range(rows):
+            p = torch.exp(s[i]) / torch.exp(s[i]).sum()
+            own = [j for j in range(len(p)) if same[i, j]]
+            if kind == "unicl":
+                total -= sum(p[j].log() for j in own) / len(own)
+            elif kind == "multi-positive":
+                total -= sum(p[j] for j in own).log()
+            else:
+                weight = torch.exp(same[i].double() / 0.25)
+                total -= (weight / weight.sum() * p.log()).sum()
+        return total / rows
+
+    same, s = same | torch.eye(*same.shape).bool(), SCALE * images @ texts.T
+    return (one_way(s, same, len(texts)) + one_way(s.T, same.T, len(texts))) / 2
+
+
+@pytest.mark.parametrize("kind", ["unicl", "multi-positive", "soft"])
+@pytest.mark.parametrize("n, more", [(6, 0), (5, 3)])
+def test_peers_objectives_equal_their_loops(kind, n, more):
+    images, texts, same = random_batch(n + more)
+    texts, same = texts[:n], same[:, :n]
+    ours = attracting_loss(images, texts, SCALE, same, kind)
+    torch.testing.assert_close(ours, attracted_by_loop(images, texts, same, kind), **EXACT)
+
+
+@pytest.mark.parametrize("kind", ["unicl", "multi-positive", "soft"])
+def test_without_labels_peers_objectives_are_clips_or_its_smoothed_form(kind):
+    images, texts, _ = random_batch(5)
+    ours = attracting_loss(images, texts, SCALE, torch.zeros(5, 5, dtype=torch.bool), kind)
+    clip = contrastive_loss(images, texts, SCALE)
+    assert torch.isclose(ours, clip) == (kind != "soft")
 
 
 def test_logit_scale_starts_at_clips_and_never_exceeds_a_hundred():

@@ -84,8 +84,10 @@ def test_mask_and_loss_are_those_of_the_plain_python_in_reproduce():
         rule = ("equal", "subset")[batch % 2]
         removed = umcl.label_mask(labels, labels[:n], rule)
         assert plain["removed_pairs"](sets, sets[:n], rule) == removed.tolist()
-        wanted = plain["loss"](images.tolist(), texts[:n].tolist(), 20.0, removed.tolist())
-        loss = umcl.contrastive_loss(images, texts[:n], torch.tensor(20.0), removed)
+        ids = torch.randint(3, (n,), generator=generator)
+        same = removed | torch.cat([ids[:, None] == ids, torch.zeros(more, n, dtype=torch.bool)])
+        wanted = plain["loss"](images.tolist(), texts[:n].tolist(), 20.0, same.tolist(), ids.tolist())
+        loss = umcl.contrastive_loss(images, texts[:n], torch.tensor(20.0), same, ids)
         assert loss.item() == pytest.approx(wanted, abs=1e-10)
 
 

@@ -93,7 +93,7 @@ def test_a_finished_run_that_is_resumed_says_so_and_stays_as_it_is(run, tmp_path
     ("given", "named"),
     [
         ("--lr 0.5", "--lr"),
-        ("--epochs 9 --no-label-mask", "--label-mask, --epochs"),
+        ("--epochs 9 --no-label-mask", "--objective, --epochs"),
         ("--data phantom", "--data"),
         ("--precision bf16", "--precision"),
     ],

@@ -62,7 +62,7 @@ def weights(folder):
     [
         ([], "umcl"),
         (["--no-continuous-prompt"], "umcl-no-continuous-prompt"),
-        (["--label-mask", "none"], "umcl-label-mask-none"),
+        (["--no-label-mask"], "umcl-no-label-mask"),
         (["--data", "csv=/some/where/a.csv", "--lr", "1e-4"], "umcl-data-csv-some-where-a.csv-lr-1e-4"),
         (["--template", "x" * 300 + " {}"], "umcl-template-" + "x" * 86),
     ],
@@ -183,23 +183,33 @@ def double_loop(batch, texts):
     disease = [name != "No Finding" for name in sorted([*data.PHANTOM_FINDINGS, "No Finding"])]
     labels = batch.present[batch.report_pairs.images].tolist()
     ill = [any(has and is_one for has, is_one in zip(row, disease, strict=True)) for row in labels]
-    named = batch.prompt_pairs.text_labels.int().argmax(1).tolist()
+    named = batch.prompt_pairs.text_ids.tolist()
     images = batch.present[batch.prompt_pairs.images].tolist()
     rows = [(i, j) for i in range(len(texts)) for j in range(len(texts)) if i != j]
     prompts = [(i, j) for i in range(len(named)) for j in range(len(named)) if i != j]
     same = {(i, j) for i, j in rows if texts[i] == texts[j]}
-    fits = {(i, j) for i, j in rows if labels[i] == labels[j] and ill[i]}
+    alike = {(i, j) for i, j in rows if labels[i] == labels[j] and ill[i]}
+    fits = {
+        (i, j) for i, j in rows if any((i, k) in alike and texts[k] == texts[j] for k in range(len(texts)))
+    }
+    fits |= alike
     same_prompt = {(i, j) for i, j in prompts if named[i] == named[j]}
     fits_prompt = {(i, j) for i, j in prompts if images[i][named[j]]}
     return (len(same), len(same | fits)), (len(same_prompt), len(same_prompt | fits_prompt))
 
 
 @pytest.mark.parametrize(
-    ("mask", "report", "prompt"),
-    [("both", 1, 1), ("reports", 1, 0), ("prompts", 0, 1), ("identical", 0, 0), ("none", None, None)],
+    ("flags", "report", "prompt"),
+    [
+        ("--label-mask both", 1, 1),
+        ("--label-mask reports", 1, 0),
+        ("--label-mask prompts", 0, 1),
+        ("--label-mask identical", 0, 0),
+        ("--no-label-mask", None, None),
+    ],
 )
 def test_each_mask_removes_the_pairs_that_a_double_loop_finds(
-    pretrain, steps, tmp_path, monkeypatch, mask, report, prompt
+    pretrain, steps, tmp_path, monkeypatch, flags, report, prompt
 ):
     """0: only equal texts, 1: those that the labels fit, too, None: no pair."""
     loaded, kept = train.training_records, []
@@ -211,7 +221,7 @@ def test_each_mask_removes_the_pairs_that_a_double_loop_finds(
         return kept
 
     monkeypatch.setattr(train, "training_records", with_twins)
-    assert pretrain("--label-mask", mask) == 0
+    assert pretrain(*flags.split()) == 0
     for line, (_, batch) in zip(log(tmp_path / "run")[0], steps, strict=True):
         texts = [kept[row].report for row in batch.rows[batch.report_pairs.images].tolist()]
         of_reports, of_prompts = double_loop(batch, texts)
@@ -240,17 +250,30 @@ def test_images_of_which_a_finding_is_known_to_be_absent_teach_and_those_without
     assert all("AUROC mean" in line for line in epochs)
 
 
-def test_an_image_is_a_negative_only_of_findings_that_it_is_known_not_to_have(options):
-    sets = [("AB", ""), ("B", "A"), ("", "A"), ("", "")]  # present, absent; the last is unknown altogether
+def prompt_loss(args):
+    """The prompts' loss of four images, its features and pairs: A and B; B, not A; not A; unknown."""
+    sets = [("AB", ""), ("B", "A"), ("", "A"), ("", "")]  # present, absent
     made = [data.Record(Path(), None, frozenset(a), "", "", frozenset(b)) for a, b in sets]
     prompts = data.Tokens(*torch.ones(2, 2, 3, dtype=torch.long))
+    torch.manual_seed(0)
     batch = data.Collate(made, ["A", "B"], prompts, None, 8)([(i, torch.zeros(1, 4, 4)) for i in range(4)])
     features = torch.nn.functional.normalize(torch.randn(4 + len(batch.prompts[0]), 5), dim=1)
-    loss, _ = train.losses(options("--no-label-mask"), batch, features, torch.tensor(5.0))["prompt"]
-    texts = features[4:][batch.prompt_pairs.texts]
-    drawn = batch.prompt_pairs.text_ids  # of the two labelled images: 0 for A, 1 for B
-    removed = torch.stack([torch.zeros(2).bool(), torch.zeros(2).bool(), drawn != 0])
-    assert torch.equal(loss, umcl.contrastive_loss(features[:3], texts, torch.tensor(5.0), removed))
+    loss, _ = train.losses(args, batch, features, torch.tensor(5.0))["prompt"]
+    return loss, features[:4], features[4:][batch.prompt_pairs.texts], batch.prompt_pairs.text_ids
+
+
+def test_an_image_is_a_negative_only_of_findings_that_it_is_known_not_to_have(options):
+    loss, images, texts, drawn = prompt_loss(options())
+    removed = torch.stack([torch.ones(2).bool(), drawn != 0, drawn != 0])  # 0 is A
+    assert torch.equal(loss, umcl.contrastive_loss(images[:3], texts, torch.tensor(5.0), removed, drawn))
+
+
+@pytest.mark.parametrize("flags", ["--no-label-mask", "--label-mask identical", "--label-mask reports"])
+def test_without_the_prompts_labels_no_absent_finding_enters_their_loss(options, flags):
+    loss, images, texts, drawn = prompt_loss(options(*flags.split()))
+    same = None if flags == "--no-label-mask" else drawn[:, None] == drawn
+    ids = None if flags == "--no-label-mask" else drawn
+    assert torch.equal(loss, umcl.contrastive_loss(images[:2], texts, torch.tensor(5.0), same, ids))
 
 
 def test_reports_teach_without_any_finding(pretrain, phantoms):
