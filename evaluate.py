@@ -744,7 +744,8 @@ def build_model(args, bert, prompt_length):
     if prompt_length and positions - prompt_length < 8:
         raise BadInput(f"--prompt-length {prompt_length}: no text fits beside it into {positions} positions")
     prompt = prompts.ContinuousPrompt(prompt_length, bert.config.hidden_size) if prompt_length else None
-    return UMCL(build_image_encoder(args), TextEncoder(bert), prompt, embed_dim=args.embed_dim)
+    text_encoder = TextEncoder(bert, frozen=args.freeze_text)
+    return UMCL(build_image_encoder(args), text_encoder, prompt, embed_dim=args.embed_dim)
 
 
 def finite(model):

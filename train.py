@@ -71,6 +71,8 @@ def parameter_groups(model, weight_decay):
     """Decay for matrices; none for norms, biases, the temperature, the prompt and position bias tables."""
     decayed, free = [], []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:  # of a frozen text tower
+            continue
         table = name.endswith(("relative_position_bias_table", "prompt.context"))
         (free if parameter.ndim < 2 or table else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
@@ -247,6 +249,8 @@ def build_parser():
     add("--image-weights", metavar="FILE",
         help="pre-trained Swin with torchvision's, Microsoft's, timm's or transformers' key names")
     add("--text-model", metavar="NAME_OR_FOLDER", help=f'a pre-trained BERT, or "{SMALL_BERT}" from scratch')
+    add("--freeze-text", action=on_off, default=False,
+        help="train the image tower, the projections and the vectors alone, BERT stays as it was")
     add("--max-length", type=number_type(int, 3, 4096), help="longest text in tokens; the rest is cut off")
     add("--embed-dim", type=number_type(int, 1, 2**16), help="size of the shared space")
 
@@ -286,6 +290,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.template not in prompts.TEMPLATES and "{}" not in args.template:
         parser.error(f"--template {args.template!r} is none of {', '.join(prompts.TEMPLATES)} and lacks {{}}")
+    if args.freeze_text and args.text_model == SMALL_BERT:
+        raise BadInput("--freeze-text keeps a pre-trained text tower; name it by --text-model")
     if args.hold_out_data and not args.hold_out:
         raise BadInput("--hold-out-data says where the images of --hold-out are; name their list")
     if args.out is None:

@@ -239,12 +239,20 @@ class TextEncoder(nn.Module):
 
     Args:
         bert: any transformers BertModel; a pooling layer, if it has one, is not used.
+        frozen: BERT stays as it is and without dropout (family: LiT, ConVIRT); gradients pass through it to
+            the continuous prompt.
     """
 
-    def __init__(self, bert):
+    def __init__(self, bert, frozen=False):
         super().__init__()
-        self.bert = bert
+        self.bert = bert.requires_grad_(not frozen)
+        self.frozen = frozen
         self.num_features = bert.config.hidden_size
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.bert.train(mode and not self.frozen)
+        return self
 
     def forward(self, input_ids, attention_mask, prompt=None):
         """(B, L) int64, (B, L) -> (B, hidden) float, the last layer's mean over the text's own tokens (ours).

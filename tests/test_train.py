@@ -551,6 +551,22 @@ def test_a_run_starts_from_a_text_model_and_is_evaluated_without_it(pretrain, te
     assert evaluate.main(["--checkpoint", str(tmp_path / "run"), "--limit", "5"]) == 0
 
 
+def test_a_frozen_text_model_stays_as_it_was_and_all_else_learns(pretrain, text_model, tmp_path):
+    folder = text_model()
+    assert pretrain("--text-model", folder, "--freeze-text", "--lr", 0, "--out", tmp_path / "start") == 0
+    assert pretrain("--text-model", folder, "--freeze-text") == 0
+    start, trained = weights(tmp_path / "start"), weights(tmp_path / "run")
+    for name, value in trained.items():
+        frozen = name.startswith("text_encoder.")
+        assert torch.equal(value, start[name]) == (frozen or not value.is_floating_point()), name
+    model = evaluate.load_run(tmp_path / "run").model.train()
+    assert not model.text_encoder.bert.training and model.image_encoder.training
+
+
+def test_only_a_pretrained_text_model_can_be_frozen(pretrain, capsys):
+    assert pretrain("--freeze-text") == 2 and "--text-model" in refusal(capsys)
+
+
 @pytest.mark.parametrize(
     ("fault", "flags", "named"),
     [
