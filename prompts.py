@@ -1,7 +1,8 @@
 """Findings as text: wordings, discrete templates, zero-shot prompt sets, and the continuous prompt.
 
-A prompt turns a label into text (paper): a discrete template around the finding's name, and in front of it
-learnable vectors in the place of word embeddings, trained end to end. Templates and wordings are ours.
+A prompt turns a label into text: a discrete template around the finding's name, and learnable vectors among
+the text's embeddings, trained end to end (paper). The vectors stand in front (family: CoOp), and only label
+prompts get them (ours). Templates and wordings are ours.
 """
 
 import re

@@ -225,7 +225,7 @@ def build_parser():
 
     add = p.add_argument_group("ablations").add_argument
     add("--continuous-prompt", action=on_off, default=True, help="off: the template alone")
-    add("--prompt-length", type=natural, default=32, help="vectors; paper: 16 and 64 are worse than between")
+    add("--prompt-length", type=natural, default=32, help="vectors; the paper has 16 and 64 as worse")
     add("--template", default="caption",
         help=f"around the finding: {', '.join(prompts.TEMPLATES)}, or a text of yours with {{}}")
     add("--objective", choices=("mask", "repeated", "clip", "unicl", "multi-positive", "soft"),

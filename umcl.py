@@ -38,12 +38,12 @@ MAX_LOGIT_SCALE = 100.0  # family: CLIP
 
 
 def label_mask(image_labels, text_labels, rule):
-    """Which texts could as well have been written for which images, by their labels (paper: the labels say
-    which pairs are false negatives; how they say it is ours).
+    """Which texts could as well have been written for which images, by their labels.
 
+    That labels tell the false negatives is the paper's; that the same labels do is family (UniCL).
     A report speaks of the whole image, so it fits the images with exactly its findings: rule "equal",
     y_j = y_i. A label prompt states only what it names, so it fits every image that has it all: rule
-    "subset", y_j ⊆ y_i. With one finding an image both say "same label".
+    "subset", y_j ⊆ y_i. With one finding an image both say "same label"; the two rules are ours.
 
     Args:
         image_labels: (N, C) bool, the findings that each image has, or may have.
@@ -102,7 +102,9 @@ def prompt_mask(absent, named):
 
 
 def contrastive_loss(image_features, text_features, logit_scale, false_negatives=None, text_ids=None):
-    """L = ½ (L_i→t + L_t→i), without the pairs that are false negatives (REPRODUCE.md, the loss).
+    """L = ½ (L_i→t + L_t→i) without the pairs that are false negatives (REPRODUCE.md, the loss).
+
+    The paper mitigates false negatives; that they leave the sums, and are not drawn together, is ours.
 
     Args:
         image_features, text_features: (N, D) float, unit length; row i of one belongs to row i of the other.
@@ -196,7 +198,9 @@ class UMCL(nn.Module):
             nn.init.normal_(projection.weight, std=projection.in_features**-0.5)  # family: CLIP
 
     def forward(self, pieces, recompute=False):
-        """All features of a batch; DistributedDataParallel wants them from one call.
+        """All features of a batch, from one call, since DistributedDataParallel allows one.
+
+        They come in pieces, since --micro-batch-size cuts them.
 
         Args:
             pieces: any number of ("image", images) and of ("text" or "prompt", input_ids, attention_mask).
