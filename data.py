@@ -178,35 +178,67 @@ def hold_out(records, listed):
 MEAN, STD = 0.5, 0.25  # of grey values in 0 ... 1 (ours)
 SIDE = 4096  # longer images are shrunk to it
 ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+PHOTOMETRIC, WHITE_IS_ZERO, SAMPLE_FORMAT = 262, 0, 339  # tags of TIFF
 
 
 def read_image(image, about=None):
-    """The image of a Record -> Pillow image of mode "L".
+    """The image of a Record -> Pillow image of mode "L", upright.
 
     about: pixels a side that are enough; a JPEG is then read at some size above, which is faster.
     """
     if isinstance(image, np.ndarray):
         return Image.fromarray(image)
-    image = Path(image)
+    name = str(image).replace("\0", "\\0")
     try:
-        if image.exists() and not image.is_file():
+        if os.path.exists(image) and not os.path.isfile(image):
             raise ValueError("no regular file")
-        with Image.open(image, formats=("PNG", "JPEG", "TIFF", "BMP")) as file:
+        # Of a path Pillow maps the file into memory, and scrambles a TIFF that has to be turned.
+        with open(image, "rb") as opened, Image.open(opened, formats=("PNG", "JPEG", "TIFF", "BMP")) as file:
             if about:
                 file.draft("L", (about, about))
             return grey(file)
     except Exception as error:  # Pillow raises many kinds of errors for damaged files
-        why = getattr(error, "strerror", None) or str(error).replace(f" {str(image)!r}", "")
-        raise BadInput(f"the image {image} cannot be read ({' '.join(why.split())})") from error
+        why = getattr(error, "strerror", None) or re.sub(r" <_io\.\w+ .*>", "", str(error))
+        raise BadInput(f"the image {name} cannot be read ({' '.join(why.split())})") from error
 
 
 def grey(image):
-    """Any Pillow image -> one of mode "L"."""
+    """Any Pillow image -> one of mode "L", upright; a BadInput where its greys cannot be told."""
+    unclear = what_is_unclear(image)
+    if unclear:
+        raise BadInput(unclear)
+    upright, tags = ImageOps.exif_transpose(image), getattr(image, "tag_v2", {})
     if not image.mode.startswith("I"):
-        return image.convert("L")
-    values = np.asarray(image).astype(np.float32).clip(0)  # 10 to 16 bits, which Pillow would clip at 255
-    white = 2 ** max(8, int(values.max()).bit_length()) - 1
-    return Image.fromarray((values * (255 / white)).round().astype(np.uint8))
+        return upright.convert("L")
+    values = np.asarray(upright)  # 10 to 32 bits, which Pillow would clip at 255
+    if values.dtype == np.int32 and tags.get(SAMPLE_FORMAT) == (1,):
+        values = values.view(np.uint32)
+    # A few bright pixels, or dead ones, must not set the exposure. Hounsfield units are negative.
+    few = min(values.size // 1000 + 1, (values.size - 1) // 2)
+    low, high = map(float, np.partition(values, (few, -1 - few), axis=None)[[few, -1 - few]])
+    black = min(0, low)
+    values = ((values.astype(np.float32) - black) * (255 / max(255, high - black))).clip(0, 255)
+    values = 255 - values if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else values
+    return Image.fromarray(values.round().astype(np.uint8))
+
+
+def what_is_unclear(image):
+    """Why the greys of a Pillow image cannot be told -> a sentence with the way out, or None."""
+    deep = image.format in ("PNG", "TIFF") and ";16" in str(image.tile)  # known until its pixels are read
+    if image.format in ("PNG", "TIFF") and image.n_frames > 1:
+        return f"it has {image.n_frames} pages; save the page that is meant as a file of its own"
+    if image.mode == "F":
+        return "its greys are floating-point numbers with no white level; save it with 8 or 16 bits"
+    if image.mode == "L" and getattr(image, "tag_v2", {}).get(SAMPLE_FORMAT) == (2,):
+        return "its greys are signed numbers of 8 bits; save it with 8 bits without a sign, or with 16"
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        *colours, alpha = image.convert("RGBA").getextrema()
+        if alpha[0] < alpha[1] and all(low == high for low, high in colours):
+            return "its picture is in the alpha channel alone; save it without transparency"
+    if deep and len(image.getbands()) > 1:  # Pillow keeps the upper 8 of the 16 bits
+        upper = np.asarray(image)[..., : 1 if image.mode == "LA" else 3]
+        if np.percentile(upper, 99.9, method="lower") < 128:
+            return "it has less than 16 bits in 16-bit colour; save it as grey with 16 bits, or with 8 bits"
 
 
 def pad_to_square(image):
@@ -252,19 +284,37 @@ def image_files(root, folders=None):
 
 
 def check_images(records, image_size):
-    """Refuses a data set of which no image is found; notes a first image that is smaller than the model's."""
+    """Refuses a data set of which images are missing; notes what is odd about its first ones.
+
+    image_size: pixels a side of the model's images; 0 takes a data set with missing images, as pack does.
+    """
     for source in dict.fromkeys(record.source for record in records):
         paths = [r.image for r in records if r.source == source and isinstance(r.image, Path)]
-        if paths and not any(path.exists() for path in paths):
-            folder = next(parent for parent in paths[0].parents if parent.is_dir())
+        missing = [path for path in paths if not os.path.exists(path)]
+        first = str(*missing[:1]).replace("\0", "\\0")
+        if missing and len(missing) == len(paths):
+            folder = next(parent for parent in paths[0].parents if os.path.isdir(parent))
             raise BadInput(
-                f"none of the images of {source} is where its table says: {paths[0]} is not there, and what "
+                f"none of the images of {source} is where its table says: {first} is not there, and what "
                 f"{folder} holds is {next(image_files(folder, 1000), 'no image')}"
             )
-        with suppress(BadInput):
-            side = max(read_image(paths[0]).size) if paths and image_size else image_size
-            if side < image_size:
-                note(f"{paths[0]} has {side} pixels a side, the model takes {image_size} and will blur it")
+        if missing and image_size:
+            raise BadInput(
+                f"{len(missing):,} of the {len(paths):,} images of {source} are missing, the first is "
+                f"{first}; get them again, or leave them out by `python data.py pack`"
+            )
+        for path in paths[:3]:
+            with suppress(BadInput):
+                note_oddities(path, read_image(path), image_size)
+
+
+def note_oddities(path, image, image_size):
+    """Notes an image that is smaller than the model's, or that shows next to nothing."""
+    if max(image.size) < image_size:
+        note(f"{path} has {max(image.size)} pixels a side, the model takes {image_size} and will blur it")
+    greys = np.flatnonzero(np.array(image.histogram()) > image.width * image.height / 1000)
+    if greys[-1] - greys[0] < 256 / 10:
+        note(f"{path} has greys from {greys[0]} to {greys[-1]} of 255: next to nothing can be seen on it")
 
 
 class Images(torch.utils.data.Dataset):
@@ -415,6 +465,11 @@ def readable(loader):
         if isinstance(error, BadInput):  # of a loading process it is a traceback, with the sentence last
             sentence = str(error).strip().rpartition("BadInput: ")[2]
             raise BadInput(f"{sentence}; repair it, or leave it out by `python data.py pack`") from None
+        if "timed out" in str(error):
+            way_out = "copy the images to a faster disk, or shrink them once by `python data.py pack`"
+            raise BadInput(
+                f"reading images stopped: one batch took more than {PATIENCE} seconds; {way_out}"
+            ) from error
         # OSError, EOFError: a loading process ended while it handed a batch over.
         if isinstance(error, (OSError, EOFError)) or str(error).startswith("DataLoader"):
             way_out = "the memory or the disk may be the reason; try fewer --workers"
@@ -1316,7 +1371,9 @@ def pack_image(side, job):
     """
     image, file = job
     with suppress(BadInput, OSError):  # not there, or cut short when an earlier run was stopped
-        changed = isinstance(image, Path) and image.exists() and image.stat().st_mtime > file.stat().st_mtime
+        changed = (
+            isinstance(image, Path) and os.path.exists(image) and image.stat().st_mtime > file.stat().st_mtime
+        )
         if not changed and read_image(file).size == (side, side):
             return None
     try:
@@ -1554,7 +1611,7 @@ def print_summary(spec, splits):
     for name in sorted(set().union(*counts.values())):
         print(f"{name:28}" + "".join(f"{counts[state][name]:10,}" for state in STATES))
 
-    missing = sum(not r.image.exists() for r in records if isinstance(r.image, Path))
+    missing = sum(not os.path.exists(r.image) for r in records if isinstance(r.image, Path))
     print(f"\nmissing files: {missing:,}\n")
     return missing
 

@@ -1,13 +1,11 @@
 """Records and labels, images as tensors, records as batches, phantoms."""
 
-import os
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from transformers import BertConfig, BertModel
 
 import data
@@ -133,119 +131,6 @@ def test_splits_keep_every_record_and_each_patient_in_one():
     found = patients(cohort, shares=(0.6, 0.3, 0.1))
     assert {split: len(part) for split, part in found.items()} == {"train": 30, "valid": 15, "test": 5}
     assert patients(cohort, seed=3) == patients(cohort[::-1], seed=3) != patients(cohort, seed=4)
-
-
-# ----------------------------------------------------------------------------------------------------- images
-
-
-GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
-
-
-def palette_image():
-    """Place i of the palette is the grey 255 - i."""
-    image = Image.fromarray(255 - GREY)
-    image.putpalette([255 - i for i in range(256) for _ in "rgb"])
-    return image
-
-
-@pytest.mark.parametrize(
-    ("image", "expected"),
-    [
-        (Image.fromarray(GREY), GREY),
-        (Image.fromarray(GREY).convert("RGB"), GREY),
-        (Image.fromarray(GREY).convert("RGBA"), GREY),
-        (Image.fromarray(GREY).convert("LA"), GREY),
-        (palette_image(), GREY),
-        (Image.fromarray(GREY.astype(np.uint16) * 257), GREY),
-        (Image.fromarray(GREY.astype(np.uint16) * 16 + GREY // 16), GREY),
-        (Image.fromarray(GREY > 100), np.where(GREY > 100, 255, 0)),
-    ],
-    ids=["grey", "RGB", "RGBA", "LA", "palette", "16-bit", "12-bit", "1-bit"],
-)
-def test_png_of_every_kind_is_read_to_its_grey_values(image, expected, tmp_path):
-    image.save(tmp_path / "image.png")
-    assert np.array_equal(data.read_image(tmp_path / "image.png"), expected)
-
-
-WHOLE = {
-    "png": Image.fromarray(GREY),
-    "16-bit.png": Image.fromarray(GREY.astype(np.uint16) * 257),
-    "jpg": Image.fromarray(GREY).resize((64, 64)),
-}
-
-
-@pytest.mark.parametrize("kind", WHOLE)
-def test_an_image_that_is_cut_short_is_named_wherever_it_is_cut(kind, tmp_path):
-    path = tmp_path / f"image.{kind}"
-    WHOLE[kind].save(path)
-    whole = path.read_bytes()
-    for length in range(0, whole.rindex(b"IDAT") if b"IDAT" in whole else len(whole) * 3 // 4, 10):
-        path.write_bytes(whole[:length])
-        with pytest.raises(BadInput, match=f"image.{kind} cannot be read"):
-            data.read_image(path)
-
-
-@pytest.mark.parametrize("content", [None, b"", b"\x89PNG\r\n\x1a\n", b"no image", bytes(128) + b"DICM"])
-def test_an_image_that_cannot_be_read_is_named_once_with_the_way_out(tmp_path, content):
-    bad = tmp_path / "bad.png"
-    if content is not None:
-        bad.write_bytes(content)
-    with pytest.raises(BadInput) as caught:
-        list(data.readable(data.Images([record(image=bad)], data.evaluation_transform(8))))
-    error = str(caught.value)
-    assert error.startswith(f"the image {bad} cannot be read (") and error.count(str(bad)) == 1
-    assert error.endswith("; repair it, or leave it out by `python data.py pack`")
-
-
-def test_an_image_made_to_fill_the_memory_is_refused_by_its_header(tmp_path, monkeypatch):
-    Image.new("1", (40, 60)).save(tmp_path / "image.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(BadInput, match="image.png cannot be read .*2400 pixels"):
-        data.read_image(tmp_path / "image.png")
-
-
-@pytest.mark.parametrize("kind", ["pipe", "folder", "gif"])
-def test_what_is_no_image_file_of_the_data_sets_is_refused_and_never_waited_for(kind, tmp_path):
-    path = tmp_path / "image.png"
-    Image.new("L", (4, 4)).save(path, "GIF")
-    if kind != "gif":
-        path.unlink()
-        os.mkfifo(path) if kind == "pipe" else path.mkdir()
-    with pytest.raises(BadInput, match="image.png cannot be read"):
-        data.read_image(path)
-
-
-def test_a_long_strip_takes_no_more_memory_than_a_large_image():
-    assert data.pad_to_square(Image.new("L", (40_000, 900))).shape == (1, data.SIDE, data.SIDE)
-
-
-def test_padding_keeps_the_content_in_the_centre():
-    expected = torch.zeros(6, 6, dtype=torch.uint8)
-    expected[2:4] = 255
-    assert torch.equal(data.pad_to_square(Image.new("L", (6, 2), 255))[0], expected)
-    assert torch.equal(data.pad_to_square(Image.new("L", (2, 6), 255))[0], expected.T)
-
-
-def test_evaluation_transform_shows_the_whole_image():
-    image = np.zeros((20, 10), np.uint8)
-    image[:4], image[-4:] = 255, 255
-    shown = data.evaluation_transform(10)(Image.fromarray(image))[0]
-    assert shown.shape == (10, 10) and shown[0, 5] == shown[-1, 5] == 255
-
-
-def test_the_evaluation_transform_is_deterministic_and_the_training_transform_varies():
-    image = Image.fromarray(GREY)
-    for transform, same in ((data.evaluation_transform(10), True), (data.training_transform(16), False)):
-        assert torch.equal(transform(image), transform(image)) == same
-
-
-@pytest.mark.parametrize(("horizontal_flip", "seen"), [(False, {True}), (True, {True, False})])
-def test_training_keeps_left_and_right_unless_it_is_told_to_flip(horizontal_flip, seen):
-    transform = data.training_transform(16, horizontal_flip)
-    image = Image.fromarray(np.repeat(np.uint8([[255, 0]]), 8, axis=1).repeat(16, axis=0))
-    torch.manual_seed(0)
-    drawn = [transform(image).float() for _ in range(30)]
-    assert {bool(t[..., :8].sum() > t[..., 8:].sum()) for t in drawn} == seen
 
 
 # ---------------------------------------------------------------------------------------------------- batches

@@ -257,7 +257,7 @@ def test_a_worker_that_dies_ends_the_run_with_one_sentence(run, before_step, tmp
 def test_images_that_do_not_come_end_the_run_with_one_sentence(run, monkeypatch, capsys):
     monkeypatch.setattr(data, "PATIENCE", 1)
     monkeypatch.setattr(data.Images, "__getitem__", lambda *_: time.sleep(3))
-    assert run("run", "--workers", 1) == 2 and "timed out" in refusal(capsys)
+    assert run("run", "--workers", 1) == 2 and "took more than 1 seconds" in refusal(capsys)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
