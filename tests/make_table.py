@@ -32,8 +32,8 @@ MESH = {  # finding -> MeSH headings; other headings say nothing that the chest 
 }  # fmt: skip
 
 
-def by_patient(records, shares=(0.7, 0.1, 0.2)):
-    splits = data.split_by_patient(records, shares)
+def by_patient(records, **cuts):
+    splits = data.split_by_patient(records, **cuts)
     return [(split, record) for split in data.SPLITS for record in splits[split]]
 
 
@@ -86,7 +86,7 @@ def nih_chestxray14(root):
         return by_patient(records)
     listed = {line.strip() for _, line in data.read_lines(official)}
     test = [("test", r) for r in records if r.id in listed]
-    return by_patient([r for r in records if r.id not in listed], (0.9, 0.1, 0.0)) + test
+    return by_patient([r for r in records if r.id not in listed], cuts=(0.9, 1.0)) + test
 
 
 def covid_chestxray(root):

@@ -125,12 +125,34 @@ def patients(records, **options):
 
 
 def test_splits_keep_every_record_and_each_patient_in_one():
-    cohort = [record(patient=str(n % 50)) for n in range(150)]
+    cohort = [record(patient=str(n % 500)) for n in range(1500)]
     kept = [r for part in data.split_by_patient(cohort).values() for r in part]
     assert sorted(map(id, kept)) == sorted(map(id, cohort))
-    found = patients(cohort, shares=(0.6, 0.3, 0.1))
-    assert {split: len(part) for split, part in found.items()} == {"train": 30, "valid": 15, "test": 5}
-    assert patients(cohort, seed=3) == patients(cohort[::-1], seed=3) != patients(cohort, seed=4)
+    assert sum(map(len, patients(cohort).values())) == 500
+    assert patients(cohort) == patients(cohort[::-1])
+
+
+def test_a_new_patient_changes_nobodys_split():
+    cohort = [record(patient=f"patient {n}") for n in range(50)]
+    before = patients(cohort)
+    after = patients([record(patient="another"), *cohort])
+    assert {split: part - {"another"} for split, part in after.items()} == before
+    assert patients([record(patient="Zoë")])["valid"] == {"Zoë"}  # on every machine, in every version
+
+
+def test_a_split_into_which_no_patient_falls_is_named(capsys):
+    data.note.cache_clear()
+    patients([record(patient="Zoë")])
+    assert "of 1 patients none is drawn into train or test" in capsys.readouterr().err
+    patients([record(patient=str(n)) for n in range(60)], cuts=(0.9, 1.0))
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cuts", [(0.7, 0.8), (0.9, 1.0), (0.6, 0.9)])
+def test_the_cuts_are_shares_of_the_patients(cuts):
+    found = patients([record(patient=f"p{n}") for n in range(4000)], cuts=cuts)
+    shares = {"train": cuts[0], "valid": cuts[1] - cuts[0], "test": 1 - cuts[1]}
+    assert {split: len(part) / 4000 for split, part in found.items()} == pytest.approx(shares, abs=0.02)
 
 
 # ---------------------------------------------------------------------------------------------------- batches
