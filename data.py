@@ -31,7 +31,6 @@ import zipfile
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import cache, lru_cache, partial
 from itertools import chain, islice, product
 from pathlib import Path
@@ -896,10 +895,22 @@ def read_table(path, columns=()):
                 yield where, dict(zip(header, cells, strict=True))
 
 
+def folders(root, deep):
+    """Yields root and the folders at most `deep` below it, nearest first; those of patients are left out."""
+    level = [Path(root)]
+    for _ in range(deep + 1):
+        yield from level
+        below = []
+        for folder in level:
+            with suppress(OSError), os.scandir(folder) as entries:
+                below += [Path(entry) for entry in entries if entry.is_dir()]  # also behind a link
+        level = sorted(path for path in below if not re.fullmatch(r"p1\d|patient\d+", path.name))
+
+
 def find(root, *patterns, deep=2):
     """The first path that fits one of the patterns in root, or up to `deep` folders below, or None."""
-    places = ("*/" * depth + pattern for depth in range(deep + 1) for pattern in patterns)
-    return next((path for place in places for path in sorted(Path(root).glob(place))), None)
+    found = (sorted(folder.glob(p)) for folder in folders(root, deep) for p in patterns)
+    return next(chain.from_iterable(found), None)
 
 
 def find_table(root, name, *others):
@@ -1026,8 +1037,13 @@ def dicom_view(position):
 
 
 def mimic_cxr(root, split):
-    """MIMIC-CXR-JPG and the reports of MIMIC-CXR, files/ or mimic-cxr-reports.zip, in the official splits."""
-    metadata = find(root, "mimic-cxr-2.*-metadata.csv*") or Path(root, "mimic-cxr-2.0.0-metadata.csv.gz")
+    """MIMIC-CXR-JPG and the reports of MIMIC-CXR, files/ or mimic-cxr-reports.zip, in the official splits.
+
+    Both are found up to four folders below root: physionet.org/files/mimic-cxr-jpg/2.0.0 after `wget -r`.
+    """
+    metadata = find(root, "mimic-cxr-2.*-metadata.csv*", deep=4) or Path(
+        root, "mimic-cxr-2.0.0-metadata.csv.gz"
+    )
     records = mimic_table(metadata, {"valid": "validate"}.get(split, split))
     reports = mimic_reports(root, list(dict.fromkeys(os.path.dirname(record.id) for record in records)))
     texts = [reports.get(os.path.dirname(r.id)) for r in records]
@@ -1060,12 +1076,12 @@ def mimic_reports(root, studies):
 
     Impression before findings, so that cutting a long text does not cut the conclusion (ours).
     """
-    archive, reports = find(root, "mimic-cxr-reports.zip"), {}
+    archive, reports = find(root, "mimic-cxr-reports.zip", deep=4), {}
     with reading(archive or root) as at:
         if archive:
             base = zipfile.Path(archive)
         else:
-            bases = [path.parent for depth in range(3) for path in Path(root).glob("*/" * depth + "files")]
+            bases = [folder for folder in folders(root, 4) if (folder / "files").is_dir()]
             base = next((b for study in studies for b in bases if (b / f"{study}.txt").is_file()), None)
         for study in studies if base else ():
             file, at.place = base / f"{study}.txt", f", {study}.txt,"
@@ -1077,8 +1093,20 @@ def mimic_reports(root, studies):
 
 
 SECTION_TITLE = re.compile(r"\n ([A-Z ()/,-]+):\s")
+
+
+def misspelt(name):
+    """Pattern of a word in which at most one letter is missing, too many, wrong or swapped with the next."""
+    cuts = [(name[:i], name[i:]) for i in range(len(name) + 1)]
+    slips = [f"{a}[a-z]?{b}|{a}[a-z]?{b[1:]}" for a, b in cuts]
+    return "|".join(slips + [a + b[1] + b[0] + b[2:] for a, b in cuts if len(b) > 1])
+
+
+# Fuzzier matches take COMPRESSION or DEPRESSION for an impression; what is misspelt in MIMIC-CXR is one slip.
+IMPRESSION_TITLE = re.compile(rf"\b({misspelt('impression')}|{misspelt('conclusion')})s?\b")
 FINDINGS_TITLE = re.compile(
-    "(findings?|chest|portable|bedside|upright|supine|single|two|frontal|views?|pa|ap)\\b"
+    r"^(chest|portable|bedside|upright|supine|single|two|frontal|views?|pa|ap)\b"
+    rf"|\b({misspelt('findings')})\b"
 )
 
 
@@ -1086,12 +1114,9 @@ FINDINGS_TITLE = re.compile(
 def section_name(title):
     """A section's title in MIMIC-CXR -> "impression", "findings" or the title, misspellings included."""
     title = title.lower().strip()
-    words = re.findall("[a-z]+", title)
-    if get_close_matches("impression", words, 1, 0.8) or get_close_matches("conclusion", words, 1, 0.8):
+    if IMPRESSION_TITLE.search(title):
         return "impression"
-    if FINDINGS_TITLE.match(title) or get_close_matches("findings", words, 1, 0.8):
-        return "findings"
-    return title
+    return "findings" if FINDINGS_TITLE.search(title) else title
 
 
 def report_sections(text):

@@ -132,6 +132,7 @@ def mimic(root, images="mimic-cxr-jpg/2.1.0", reports="mimic-cxr/2.1.0", ending=
         Path(f"{stem}-chexpert.csv"), labels.values(), ["subject_id", "study_id", *sorted(data.CHEXPERT)]
     )
     if reports.endswith(".zip"):
+        (root / reports).parent.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(root / reports, "w", zipfile.ZIP_DEFLATED) as archive:
             for file, text in texts.items():
                 archive.writestr(file, text)

@@ -349,25 +349,52 @@ def test_mimic_sections_are_those_of_the_official_parser(body, end):
     assert tuple(found.get(name) for name in names) == SECTIONS[body]
 
 
-def test_mimic_titles_are_known_under_their_variants():
-    variants = {
-        "impression": ["IMPRESSION", "IMPRESSON", "CONCLUSION", "FINDINGS/IMPRESSION"],
-        "findings": ["FINDINGS", "FINDNGS", "CHEST, TWO VIEWS", "PORTABLE", "PA AND LATERAL"],
-        "comparison": ["COMPARISON"],
-        "reason for exam": ["REASON FOR EXAM"],
-    }
-    for name, titles in variants.items():
-        assert [data.section_name(title) for title in titles] == [name] * len(titles)
+TITLES = {  # as they stand in MIMIC-CXR, and titles of the same kind
+    "impression": (
+        "IMPRESSION", "IMPRESSIONS", "CONCLUSION", "CONCLUSIONS", "FINDINGS/IMPRESSION", "IMPRESSON",
+        "FINDINGS AND IMPRESSION", "FINDINGS/ IMPRESSION", "IMPRRESSION", "IMORESSION", "IMPRESSOIN",
+        "IMPRSSION", "IMPRESION", "IMPERSSION", "MPRESSION", "IMPESSION", "IMPRESSION(S)", "IMPRESSIO",
+        "FINAL IMPRESSION", "CONCLUSON"),
+    "findings": (
+        "FINDINGS", "FINDING", "FINDINS", "FINDINDGS", "FINDGINGS", "FINDNGS", "FINDNINGS", "FINIDNGS",
+        "REFERENCE FINDINGS", "CHEST, TWO VIEWS", "CHEST", "PORTABLE AP CHEST", "PORTABLE", "PA AND LATERAL",
+        "AP AND LATERAL VIEWS OF THE CHEST", "FRONTAL AND LATERAL VIEWS", "TWO VIEWS", "SINGLE VIEW"),
+    None: (  # neither
+        "COMPARISON", "COMPARISION", "INDICATION", "REASON FOR EXAM", "HISTORY", "CLINICAL INFORMATION",
+        "TECHNIQUE", "EXAMINATION", "WET READ", "NOTIFICATION", "RECOMMENDATION(S)", "ADDENDUM", "PFI",
+        "COMPRESSION", "SPINAL CORD COMPRESSION", "DEPRESSION", "EXPRESSION", "SUPPRESSION", "PROGRESSION",
+        "REGRESSION", "OPPRESSION", "OCCLUSION", "CONFUSION", "CONTUSION", "CONCUSSION", "INCLUSION",
+        "EXCLUSION", "EFFUSION", "ADMISSION", "PROCEDURE", "PACEMAKER", "APPENDIX"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "title"), [(name, title) for name in TITLES for title in TITLES[name]])
+def test_a_mimic_title_is_known_under_one_slip_and_for_no_other_word(name, title):
+    assert data.section_name(title) == (name or title.lower())
+
+
+def test_a_compression_does_not_replace_the_impression():
+    sections = data.report_sections("FINAL\n IMPRESSION: Edema.\n COMPRESSION: None.\n DEPRESSION: No.\n")
+    assert sections["impression"].strip() == "Edema."
 
 
 @pytest.mark.parametrize(
     ("images", "reports"),
-    [("", ""), ("", "mimic-cxr-reports.zip"), ("jpg", "mimic-cxr-reports.zip"), ("jpg/2.0.0", "txt/2.0.0")],
-)
+    [("", ""), ("", "mimic-cxr-reports.zip"), ("jpg", "mimic-cxr-reports.zip"), ("jpg/2.0.0", "txt/2.0.0"),
+     ("physionet.org/files/mimic-cxr-jpg/2.0.0", "physionet.org/files/mimic-cxr/2.1.0"),
+     ("physionet.org/files/mimic-cxr-jpg/2.0.0", "physionet.org/files/mimic-cxr/mimic-cxr-reports.zip")],
+)  # fmt: skip
 def test_mimic_is_found_in_one_folder_or_two_with_reports_as_files_or_zip(specs, images, reports, tmp_path):
     spec = f"mimic-cxr={layouts.mimic(tmp_path, images, reports)}"
     assert contents(spec)[1] == contents(specs["mimic-cxr"])[1]
     assert all(r.image.is_file() for r in everything(spec))
+
+
+def test_a_search_enters_no_folder_of_a_patient_and_follows_links_without_end(tmp_path):
+    root = layouts.mimic(tmp_path / "root")
+    (root / "loop").symlink_to(root, target_is_directory=True)
+    names = {path.name for path in data.folders(root, 6)}
+    assert {"mimic-cxr-jpg", "files", "loop"} <= names and not names & {"p10", "p11", "s50000001"}
 
 
 def test_mimic_reports_may_be_absent(tmp_path, capsys):
