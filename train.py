@@ -12,6 +12,7 @@ A run leaves RUN/log.jsonl (one JSON object a line), RUN/last.pt, RUN/best.pt an
 
 import argparse
 import contextlib
+import fcntl
 import functools
 import hashlib
 import itertools
@@ -296,12 +297,20 @@ def parse_args(argv=None):
         raise BadInput("--hold-out-data says where the images of --hold-out are; name their list")
     if args.out is None:
         args.out = "runs/" + re.sub(r"[^A-Za-z0-9.]+", "-", " ".join(["umcl", *argv]))[:100].strip("-")
-    if any(Path(args.out, name).exists() for name in ("last.pt", "best.pt", "log.jsonl")):
-        way_out = f"give another --out, or go on with --resume {args.out}"
-        raise BadInput(f"{args.out} already holds a run; {way_out}")
+    refuse_a_run(args.out)
     args.commit = evaluate.commit()
     args.held_out = [data.ids_sha256(data.read_ids(file)) for file in args.hold_out]
     return args
+
+
+def refuse_a_run(folder):
+    """Refuses a folder in which a new run would write over an old one; what has saved nothing is none."""
+    out = Path(folder)
+    if (out / "last.pt").exists():
+        raise BadInput(f"{out} already holds a run; give another --out, or go on with --resume {out}")
+    lines = (out / "log.jsonl").exists() and (out / "log.jsonl").stat().st_size > 0
+    if lines or (out / "best.pt").exists():
+        raise BadInput(f"{out} holds what is left of a run, without last.pt; give another --out")
 
 
 def resumed_args(parser, argv, folder):
@@ -419,6 +428,19 @@ def from_all_ranks(value):
     if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def refuse_other_work(args, known):
+    """Ends all processes, with one sentence, where one was given other options or other records.
+
+    known: SHA-256 of the records. It stands for the paths of the data, which may differ between machines.
+    """
+    free = ("data", "hold_out", "hold_out_data", "held_out", "commit", *MACHINE_OPTIONS)
+    mine = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in free}
+    first, *others = from_all_ranks(mine | {"the records of --data": known})
+    differ = [name for name in first if any(each.get(name) != first[name] for each in others)]
+    if differ:
+        raise BadInput(f"the processes do not do the same work, but differ in {', '.join(differ)}")
 
 
 def gather_rows(*tensors):
@@ -646,15 +668,51 @@ def measures(run, loss, norm, parts):
     return {name: value.item() for name, value in line.items()}
 
 
+@contextlib.contextmanager
+def locked_log(args):
+    """RUN/log.jsonl, open to append; as long as it is, no other program can have the run.
+
+    In processes other than the first, which write nothing, None.
+    """
+    if rank() != 0:
+        yield None
+        return
+    out = Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        log = open(out / "log.jsonl", "a", encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"the run cannot be written into {out} ({error}); give another --out") from error
+    with log:
+        try:
+            # Unlike flock's, not handed on to loading processes, which outlive a kill by seconds.
+            fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(log.fileno()).st_nlink:  # the other has ended without a run just now
+                raise BlockingIOError
+        except (BlockingIOError, PermissionError) as error:
+            way_out = "wait for its end, or give another --out"
+            raise BadInput(f"another train.py is writing into {out}; {way_out}") from error
+        except OSError:
+            data.note(f"{out} is on a disk without locks; start no second train.py with this --out")
+        if args.resume is None:
+            refuse_a_run(out)  # that another program has ended since the options were read
+        try:
+            yield log
+        finally:
+            if not log.tell() and not (out / "last.pt").exists():  # it ended before there was a run
+                (out / "log.jsonl").unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    out.rmdir()
+
+
 class Recorder:
     """What a run leaves in its folder, and its progress bar; the first process has it."""
 
-    def __init__(self, run, optimizer, progress, valid, steps, per_epoch):
+    def __init__(self, run, optimizer, progress, valid, steps, per_epoch, log):
         self.run, self.optimizer, self.progress, self.valid = run, optimizer, progress, valid
-        self.per_epoch, self.out, self.finite = per_epoch, Path(run.args.out), True
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.log = open(self.out / "log.jsonl", "a")
-        self.log.truncate(min(progress.log_size, self.log.tell()))  # what was written after the last save
+        self.per_epoch, self.out, self.finite, self.log = per_epoch, Path(run.args.out), True, log
+        log.truncate(min(progress.log_size, log.seek(0, os.SEEK_END)))  # what came after the last save
+        log.seek(0, os.SEEK_END)
         config = {**vars(run.args), "processes": processes(), "torch": torch.__version__}
         (self.out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         self.bar = tqdm(total=steps, initial=progress.step, unit="step", mininterval=1)
@@ -717,7 +775,6 @@ class Recorder:
 
     def close(self):
         self.bar.close()
-        self.log.close()
 
 
 def train(args):
@@ -727,10 +784,21 @@ def train(args):
     device = evaluate.resolve_machine(args)
     join_processes(device)
     print_once(f"commit {evaluate.commit()}, torch {torch.__version__}, {args.device}, {args.precision}")
-    print_once(f"{args.threads} threads, {processes()} processes; {args.out}/config.json has all options")
+    print_once(f"{args.threads} threads, {processes()} processes")
+    with locked_log(args) as log:
+        status = train_in(args, device, log)
+    if processes() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    return status
+
+
+def train_in(args, device, log):
+    """Trains in a folder that is this program's own, log: its log.jsonl -> exit status."""
     records, valid = load_splits(args)
     records = training_records(args, records)
     run, optimizer, progress = begin(args, records)
+    refuse_other_work(args, progress.records)
     print_once(f"{len(valid):,} images to validate, {len(run.findings)} findings")
     run.model.train()
     model = DistributedDataParallel(run.model) if processes() > 1 else run.model
@@ -741,7 +809,8 @@ def train(args):
         return 0
     warmup = math.ceil(args.warmup * steps)
     loader = training_loader(run, records, range(done, steps))
-    recorder = Recorder(run, optimizer, progress, valid, steps, per_epoch) if rank() == 0 else None
+    recorder = Recorder(run, optimizer, progress, valid, steps, per_epoch, log) if log else None
+    print_once(f"{args.out}/config.json has all options")
 
     with signals_noted() as noted, contextlib.closing(recorder) if recorder else contextlib.nullcontext():
         for step, batch in enumerate(data.readable(loader), done + 1):
@@ -760,9 +829,6 @@ def train(args):
         print_once(f"stopped by {STOP_SIGNALS[stop]} {where}; --resume {args.out} goes on from there")
     else:
         print_once(f"{progress.seconds / 60:.1f} minutes; the best epoch is in {Path(args.out, 'best.pt')}")
-    if processes() > 1:
-        dist.barrier()
-        dist.destroy_process_group()
     return 128 + stop if stop else 0
 
 

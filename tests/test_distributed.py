@@ -216,7 +216,9 @@ def run_main(rank, world, port, path, *arguments):
     if "SIGTERM" in arguments and rank == 1:  # to one of them alone
         step = train.training_step
         train.training_step = lambda *inputs: signal.raise_signal(signal.SIGTERM) or step(*inputs)
-    sys.exit(train.main([argument for argument in arguments if argument != "SIGTERM"]))
+    if "OTHER" in arguments and rank == 1:
+        arguments += ("--lr", "0.1", "--epochs", "9", "--findings", "Head")
+    sys.exit(train.main([argument for argument in arguments if argument not in ("SIGTERM", "OTHER")]))
 
 
 @pytest.fixture
@@ -250,6 +252,41 @@ def test_an_error_in_one_of_several_processes_is_said_and_ends_all(flags, tmp_pa
     assert launch(run_main, 2, tmp_path / "out", *flags, "--out", str(tmp_path / "run")) == [2, 2]
     said = sorted(re.findall("train.py: (.*)", (tmp_path / f"out.{rank}").read_text()) for rank in range(2))
     assert "another process" in said[0][0] and "train0.png" in said[1][0] and len(sum(said, [])) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--lr 0.1", ["--lr"]),
+        ("--seed 5 --epochs 3", ["--seed", "--epochs"]),
+        ("--label-mask reports", ["--label-mask"]),
+        ("--workers 1 --device cpu", []),
+        ("--limit 8", ["--limit", "the records of --data"]),
+    ],
+)
+def test_processes_that_would_do_other_work_are_told_in_what_they_differ(
+    options, monkeypatch, capsys, flags, named
+):
+    """The second process is given these flags, too."""
+    seen = []
+    monkeypatch.setattr(train, "from_all_ranks", lambda mine: seen.append(mine) or [mine])
+    for more in ([], flags.split()):
+        args = options(*more)
+        train.refuse_other_work(args, train.training_sha256(train.load_splits(args)[0]))
+    monkeypatch.setattr(train, "from_all_ranks", lambda _: seen)
+    if not named:
+        return train.refuse_other_work(args, "")
+    with pytest.raises(data.BadInput) as refused:
+        train.refuse_other_work(args, "")
+    assert str(refused.value).endswith(f"differ in {', '.join(named)}")
+
+
+def test_other_work_in_one_process_ends_all_before_the_first_step(flags, tmp_path):
+    flags += ["--out", str(tmp_path / "run"), "OTHER"]
+    assert launch(run_main, 2, tmp_path / "out", *flags) == [2, 2]
+    for rank in range(2):
+        assert "differ in --findings, --epochs, --lr, the records" in (tmp_path / f"out.{rank}").read_text()
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_epoch_sees_no_record_twice_and_another_order_each_time(options):

@@ -17,6 +17,7 @@ from conftest import FORKS, TINY, log, refusal, state
 import data
 import evaluate
 import train
+from data import BadInput
 
 
 @pytest.fixture
@@ -150,6 +151,82 @@ def started(*arguments):
 
 def saved_step(folder):
     return evaluate.read_checkpoint(folder / "last.pt")["progress"]["step"]
+
+
+def hold(args, held):
+    """Has the folder of a run until it is killed."""
+    with train.locked_log(args):
+        held.set()
+        time.sleep(100)
+
+
+@pytest.fixture
+def holder(flags, tmp_path):
+    """Another process that has tmp_path/run."""
+    held = FORKS.Event()
+    args = train.parse_args([*flags, "--out", str(tmp_path / "run")])
+    process = FORKS.Process(target=hold, args=(args, held))
+    process.start()
+    assert held.wait(60)
+    yield process
+    process.kill()
+    process.join()
+
+
+def test_of_two_programs_that_want_one_folder_the_second_is_refused_until_the_first_has_ended(
+    run, holder, tmp_path, capsys
+):
+    folder = tmp_path / "run"
+    assert run("run") == 2 and f"another train.py is writing into {folder}" in refusal(capsys)
+    assert run("other") == 0  # another folder is free
+    shutil.copy(tmp_path / "other" / "last.pt", folder)
+    before = state(folder)
+    assert resume(folder) == 2 and "another train.py" in refusal(capsys)
+    assert {path.name for path in folder.iterdir()} == {"last.pt", "log.jsonl"}
+    assert state(folder)["progress"] == before["progress"] and not (folder / "log.jsonl").read_text()
+    holder.kill()
+    holder.join()
+    assert resume(folder) == 0
+
+
+def test_a_lock_is_not_handed_on_to_loading_processes(run, before_step, tmp_path):
+    locks = []
+
+    def look(*_):
+        children = [os.getpid(), *(child.pid for child in multiprocessing.active_children() if child.daemon)]
+        held = {int(line.split()[4]) for line in open("/proc/locks") if " POSIX " in line}
+        locks.append([pid in held for pid in children])
+
+    before_step(look)
+    assert run("run", "--epochs", 1, "--workers", 1) == 0 and locks == [[True, False]] * 3
+
+
+def test_what_has_no_checkpoint_is_no_run(run, tmp_path):
+    """What a kill before the first save leaves."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("log.jsonl", "last.pt.tmp", "config.json"):
+        (folder / name).touch()
+    assert run("run", "--epochs", 1) == 0 and len(log(folder)[0]) == 3
+
+
+@pytest.mark.parametrize("fault", ["--findings Gout", "--image-size 18"])
+def test_what_ends_before_it_is_a_run_leaves_no_folder(run, tmp_path, fault):
+    assert run("run", *fault.split()) == 2 and not (tmp_path / "run").exists()
+
+
+def test_a_run_that_breaks_twice_before_its_next_save_has_each_step_once_in_its_log(
+    run, before_step, tmp_path
+):
+    def broken(n, *_):
+        if n in (5, 6, 8):  # the fifth step, after the save at the third; then the fourth and the fifth again
+            raise BadInput("broken")
+
+    folder = tmp_path / "run"
+    assert run("whole") == 0
+    before_step(broken)
+    assert run("run") == resume(folder) == resume(folder) == 2
+    assert resume(folder) == 0 and same(folder, tmp_path / "whole")
 
 
 def test_a_run_survives_being_killed_twenty_times(flags, tmp_path):

@@ -72,23 +72,30 @@ def test_a_run_is_named_after_its_flags(flags, name, tmp_path, monkeypatch):
     assert train.parse_args(flags).out == f"runs/{name}"
 
 
-@pytest.mark.parametrize("name", ["last.pt", "best.pt", "log.jsonl"])
-def test_a_run_that_is_there_is_not_written_over(tmp_path, monkeypatch, capsys, name):
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("last.pt", "{out} already holds a run; give another --out, or go on with --resume {out}"),
+        ("best.pt", "{out} holds what is left of a run, without last.pt; give another --out"),
+        ("log.jsonl", "{out} holds what is left of a run, without last.pt; give another --out"),
+    ],
+)
+def test_a_run_that_is_there_is_not_written_over(tmp_path, monkeypatch, capsys, name, said):
     monkeypatch.chdir(tmp_path)
     out = Path("runs", "umcl-seed-3")
     out.mkdir(parents=True)
     (out / name).write_text("precious")
     for flags in (["--seed", "3"], ["--out", str(out)]):
         assert train.main(flags) == 2
-        assert refusal(capsys).endswith(f"a run; give another --out, or go on with --resume {out}")
+        assert refusal(capsys) == said.format(out=out)
     assert [(path.name, path.read_text()) for path in out.iterdir()] == [(name, "precious")]
 
 
 def test_the_machine_is_printed_first_and_all_options_are_kept(pretrain, tmp_path, capsys):
     assert pretrain("--precision", "auto", "--device", "auto", "--prompt-length", 5) == 0
-    first, second, *_ = capsys.readouterr().out.splitlines()
-    assert f"torch {torch.__version__}, cpu, " in first
-    assert "1 threads, 1 processes" in second and str(tmp_path / "run" / "config.json") in second
+    first, second, *others = capsys.readouterr().out.splitlines()
+    assert f"torch {torch.__version__}, cpu, " in first and "1 threads, 1 processes" in second
+    assert f"{tmp_path}/run/config.json has all options" in others
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["template"], config["prompt_length"]) == ("caption", 5)
     assert config["torch"] == torch.__version__ and "auto" not in (config["precision"], config["device"])
