@@ -48,7 +48,7 @@ from tqdm import tqdm
 SPLITS = ("train", "valid", "test")
 VIEWS = ("PA", "AP", "FRONTAL", "LATERAL", "UNKNOWN")
 FRONTAL = ("PA", "AP", "FRONTAL")
-STATES = ("findings", "absent", "uncertain", "blank")  # of Record; in a table 1, 0, -1 and blank
+STATES = (1, 0, -1, None)  # of a finding: present, absent, uncertain, not mentioned
 UNCERTAIN = ("ignore", "zeros", "ones", "competition")
 NO_FINDING = "No Finding"
 NON_DISEASES = frozenset({NO_FINDING, "Support Devices"})
@@ -70,16 +70,13 @@ class Lacking(BadInput):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Record:
-    """One image and what its source says about it. A finding in none of the four sets is unknown."""
+    """One image and what its source says about it."""
 
     image: Path | np.ndarray  # path of the file, or the grey image itself as (H, W) uint8
     report: str | None  # text about the whole image
-    findings: frozenset  # those present
+    labels: dict  # {finding: one of STATES}, after `settle` 1 or 0; others are unknown; records may share it
     patient: str  # of its source; no patient is in two splits
     source: str  # name of the data set
-    absent: frozenset = frozenset()  # those ruled out
-    uncertain: frozenset = frozenset()  # those that are uncertain (-1); empty after `settle`
-    blank: frozenset = frozenset()  # those looked for and not mentioned; empty after `settle`
     id: str = ""  # the image's name in lists of protocols
     view: str = ""  # one of VIEWS, or "" where the source never says it
 
@@ -93,19 +90,8 @@ PARENTS = {  # of the tree of CheXpert's labels (Irvin et al. 2019): who has a f
 }  # fmt: skip
 
 
-@cache  # a data set has few different label sets
-def settle_states(present, absent, uncertain, blank, policy):
-    positive = {"ones": uncertain, "competition": {"Atelectasis", "Edema", "Pleural Effusion"}}
-    present |= uncertain & positive.get(policy, frozenset())
-    if policy != "ignore":
-        absent |= uncertain - present
-    perhaps = (present | uncertain) - absent
-    parents = frozenset().union(*(PARENTS.get(finding, ()) for finding in perhaps))
-    return present, absent | (blank - parents) if present else absent, frozenset(), frozenset()
-
-
 def settle(record, policy):
-    """Maps the four states of a record to three by a policy for uncertain findings (--uncertain).
+    """Maps the four states of a record's findings to three by a policy for uncertain ones (--uncertain).
 
     in the table                 ignore   zeros    ones     competition
     1                            present  present  present  present
@@ -120,50 +106,68 @@ def settle(record, policy):
     positive that no labeler gave (ours). An image without findings is not normal; its source has to say
     "No Finding".
     """
-    if not record.uncertain and not record.blank:
-        return record
-    states = [getattr(record, state) for state in STATES]
-    return replace(record, **dict(zip(STATES, settle_states(*states, policy), strict=True)))
+    return replace(record, labels=settled(tuple(record.labels.items()), policy))
 
 
-def ruled_out(present, absent, findings):
-    """The findings that are absent, by label or by implication: three frozensets -> frozenset.
+@cache  # a data set has few different label sets
+def settled(labels, policy):
+    """Record.labels.items() as a tuple -> {finding: 1 or 0}, see `settle`."""
+    if policy != "ignore":
+        some = {"competition": {"Atelectasis", "Edema", "Pleural Effusion"}, "ones": dict(labels)}
+        positive = some.get(policy, ())
+        labels = [(name, int(name in positive) if value == -1 else value) for name, value in labels]
+    parents = set().union(*(PARENTS.get(name, ()) for name, value in labels if value in (1, -1)))
+    if any(value == 1 for _, value in labels):
+        labels = [(name, 0 if value is None and name not in parents else value) for name, value in labels]
+    return {name: value for name, value in labels if value in (1, 0)}
+
+
+def present(record):
+    """The findings that an image has -> set of names."""
+    return {name for name, value in record.labels.items() if value == 1}
+
+
+def absent(record):
+    """The findings that are ruled out by label -> set of names."""
+    return {name for name, value in record.labels.items() if value == 0}
+
+
+@cache
+def known(labels, findings):
+    """What settled labels say of these findings, by themselves and by implication -> {finding: 1 or 0}.
 
     "No Finding" rules out all others but devices; any of those others rules out "No Finding".
     """
+    present = {name for name, value in labels if value == 1}
+    implied = {}
     if NO_FINDING in present:
-        absent |= findings - NON_DISEASES
+        implied = dict.fromkeys(sorted(findings - NON_DISEASES), 0)
     elif present - NON_DISEASES:
-        absent |= {NO_FINDING}
-    return (absent - present) & findings
+        implied = {NO_FINDING: 0}
+    return {name: value for name, value in (implied | dict(labels)).items() if name in findings}
 
 
 def restricted(records, findings):
     """The records with what is known of these findings alone, including what other findings imply."""
-    known = ((r.findings & findings, ruled_out(r.findings, r.absent, findings)) for r in records)
-    return [replace(r, findings=f, absent=a) for r, (f, a) in zip(records, known, strict=True)]
+    return [replace(r, labels=known(tuple(r.labels.items()), findings)) for r in records]
 
 
 def vocabulary(records):
     """The findings that are present in at least one record -> sorted list of str."""
-    return sorted(set().union(*(record.findings for record in records)))
+    return sorted(set().union(*map(present, records)))
 
 
 def label_matrices(records, findings):
-    """What is known of each finding in each record -> present, absent: two (N, C) bool tensors.
+    """What is known of each finding in each settled record -> present, absent: two (N, C) bool tensors.
 
     findings: C names, the columns; others are left out. A finding is unknown where both are False.
     """
-
-    def table(sets):
-        cells = [[name in names for name in findings] for names in sets]
-        return torch.tensor(cells, dtype=torch.bool).view(len(sets), len(findings))
-
     kinds = {}  # few different label sets, many records
-    kind = [kinds.setdefault((record.findings, record.absent), len(kinds)) for record in records]
-    present = table([has for has, _ in kinds])
-    absent = table([ruled_out(*each, frozenset(findings)) for each in kinds])
-    return present[kind], absent[kind]
+    kind = [kinds.setdefault(tuple(record.labels.items()), len(kinds)) for record in records]
+    told = [known(labels, frozenset(findings)) for labels in kinds]
+    cells = torch.tensor([[each.get(name, -1) for name in findings] for each in told], dtype=torch.int8)
+    cells = cells.view(len(kinds), len(findings))[kind]
+    return cells == 1, cells == 0
 
 
 def hold_out(records, listed):
@@ -808,10 +812,9 @@ def phantom(root, split, limit=None):
             present = {PHANTOM_FINDINGS[i % len(PHANTOM_FINDINGS)]}
         image, drawn = draw_phantom(rng, present, size)
         report = write_report(rng, drawn) if split != "train" or i % 2 else None
-        present = frozenset(present or {NO_FINDING})
-        absent = frozenset({*PHANTOM_FINDINGS, NO_FINDING} - present)
+        labels = {name: int(name in (present or {NO_FINDING})) for name in (*PHANTOM_FINDINGS, NO_FINDING)}
         id = f"{split}-{i}"
-        records.append(Record(image, report, present, id, "phantom", absent, id=id))
+        records.append(Record(image, report, labels, patient=id, source="phantom", id=id))
     return records
 
 
@@ -925,27 +928,26 @@ def images_under(root):
 
 
 NOT_ANNOTATED = "unknown"  # the cell of a finding that the image's source does not look for
-CELLS = dict(zip(STATES, ("1", "0", "-1", ""), strict=True))
-STATE_OF = dict(zip(("1", "0", "-1", "", "1.0", "0.0", "-1.0"), STATES + STATES, strict=False))
+VALUES = {"1": 1, "0": 0, "-1": -1, "": None, "1.0": 1, "0.0": 0, "-1.0": -1}
 
 
-@cache
-def four_states(names, values):
-    """Cells of a labeler's table -> {"findings", "absent", "uncertain", "blank": frozenset of names}."""
-    states = {state: set() for state in STATES}
-    for name, value in zip(names, map(str.strip, values), strict=True):
-        if value in STATE_OF:
-            states[STATE_OF[value]].add(name)
-        elif value != NOT_ANNOTATED:
-            known = f"1, 0, -1, {NOT_ANNOTATED} and blank"
-            raise BadInput(f"column {shown(name)} has the value {shown(value)}, which is none of {known}")
-    return {state: frozenset(group) for state, group in states.items()}
+@cache  # so that the records of a data set share few dicts
+def read_labels(names, cells):
+    """Cells of a labeler's table, in the order of its columns' names -> Record.labels."""
+    labels = {}
+    for name, cell in zip(names, map(str.strip, cells), strict=True):
+        if cell in VALUES:
+            labels[name] = VALUES[cell]
+        elif cell != NOT_ANNOTATED:
+            states = f"1, 0, -1, {NOT_ANNOTATED} and blank"
+            raise BadInput(f"column {shown(name)} has the value {shown(cell)}, which is none of {states}")
+    return labels
 
 
-def row_states(where, row, names):
-    """The four states in a row of a table, for its record."""
+def row_labels(where, row, names):
+    """The labels in a row of a table."""
     try:
-        return four_states(names, tuple([row[name] for name in names]))
+        return read_labels(names, tuple([row[name] for name in names]))
     except BadInput as error:
         raise BadInput(f"{where}: {error}") from None
 
@@ -1024,8 +1026,8 @@ def chexpert_table(table, places=None):
         if view not in ("PA", "AP"):  # blank for laterals; 17 of the frontal ones are marked LL or RL
             view = "FRONTAL" if "frontal" in name else "LATERAL"
         known = {"patient": patient, "source": "chexpert", "id": "/".join(path), "view": view}
-        image, states = Path(f"{folder}/{study}/{name}"), row_states(where, row, CHEXPERT)
-        records.append(Record(image, None, **known, **states))
+        image, labels = Path(f"{folder}/{study}/{name}"), row_labels(where, row, CHEXPERT)
+        records.append(Record(image, None, labels, **known))
     return records
 
 
@@ -1060,14 +1062,14 @@ def mimic_table(metadata, *splits):
     rows = read_table(find_table(folder, stem + "split.csv"), ("dicom_id", "split"))
     chosen = {row["dicom_id"] for _, row in rows if row["split"] in splits}
     rows = read_table(find_table(folder, stem + "chexpert.csv"), ("study_id", *CHEXPERT))
-    labels = {row["study_id"]: row_states(where, row, CHEXPERT) for where, row in rows}
+    labels = {row["study_id"]: row_labels(where, row, CHEXPERT) for where, row in rows}
     for _, row in read_table(metadata, ("dicom_id", "subject_id", "study_id", "ViewPosition")):
         if row["dicom_id"] in chosen:
             patient, study = f"p{row['subject_id']}", f"s{row['study_id']}"
             id = f"files/{patient[:3]}/{patient}/{study}/{row['dicom_id']}.jpg"
             known = {"source": "mimic-cxr", "id": id, "view": dicom_view(row["ViewPosition"])}
-            states = labels.get(row["study_id"], {"findings": frozenset()})  # a few studies have no labels
-            records.append(Record(Path(id), None, patient=patient, **known, **states))
+            of_study = labels.get(row["study_id"], {})  # a few studies have none
+            records.append(Record(Path(id), None, of_study, patient=patient, **known))
     return records
 
 
@@ -1150,8 +1152,8 @@ def rsna(root, split):
     normal = {row["patientId"] for _, row in rows if row["class"] == "Normal"}
     for r in gloria_split(rsna_table(find_table(root, "stage_2_train_labels.csv")))[split]:
         image = images.get(r.id, Path(root, "stage_2_train_images", f"{r.id}.png"))
-        present = frozenset({NO_FINDING}) if r.id in normal else r.findings
-        records.append(replace(r, image=image, findings=present))
+        labels = r.labels | {NO_FINDING: 1} if r.id in normal else r.labels
+        records.append(replace(r, image=image, labels=labels))
     return records
 
 
@@ -1162,10 +1164,9 @@ def rsna_table(table):
         if row["Target"] not in ("0", "1"):
             raise BadInput(f"{where}: the Target is neither 0 nor 1")
         target[row["patientId"]] = max(row["Target"], target.get(row["patientId"], "0"))
-    pneumonia, none = frozenset({"Pneumonia"}), frozenset()
+    labels = {each: {"Pneumonia": int(each)} for each in "01"}
     known = {"source": "rsna", "view": "FRONTAL"}
-    states = {"1": {"findings": pneumonia}, "0": {"findings": none, "absent": pneumonia}}
-    return [Record(Path(id), None, patient=id, id=id, **known, **states[target[id]]) for id in sorted(target)]
+    return [Record(Path(id), None, labels[target[id]], patient=id, id=id, **known) for id in sorted(target)]
 
 
 COVID_CLASSES = {  # folder -> finding
@@ -1192,10 +1193,10 @@ def covid_folders(root):
     for name, folder in folders.items():
         images = images_under(folder / "images" if (folder / "images").is_dir() else folder)
         # Any of them may show an opacity or a viral pneumonia. All we know: the other three show no COVID-19.
-        present, covid = frozenset({COVID_CLASSES[name]}), frozenset({"COVID-19"})
-        known = {"source": "covid-radiography", "absent": covid - present, "view": "FRONTAL"}
+        labels = {"COVID-19": 0} | {COVID_CLASSES[name]: 1}
+        known = {"source": "covid-radiography", "view": "FRONTAL"}
         for id in sorted(images, key=lambda id: (len(id), id)):
-            records.append(Record(images[id], None, present, patient=id, id=id, **known))
+            records.append(Record(images[id], None, labels, patient=id, id=id, **known))
     return records
 
 
@@ -1226,7 +1227,7 @@ def csv_table(table, split):
         if "split" in row and part not in parts:
             raise BadInput(f"{where}: the split {shown(cell['split'])} is none of {', '.join(SPLITS)}")
         known = {"patient": cell["patient"] or image, "source": cell["source"] or "csv"}
-        known |= {"id": cell["id"] or image, "view": view} | row_states(where, row, names)
+        known |= {"id": cell["id"] or image, "view": view, "labels": row_labels(where, row, names)}
         records.append(Record(Path(table.parent, image), as_written(cell["report"]), **known))
         if "split" in row:
             parts[part].append(records[-1])
@@ -1240,7 +1241,7 @@ def finding_columns(table):
     for where, row in read_table(table, ("image",)):
         header = header or tuple(name for name in row if name and name not in CSV_COLUMNS)
         for name in header:
-            if row[name].strip() not in STATE_OF and row[name].strip() != NOT_ANNOTATED:
+            if row[name].strip() not in VALUES and row[name].strip() != NOT_ANNOTATED:
                 odd.setdefault(name, f"{shown(name)} ({where.rpartition(', ')[2]}: {shown(row[name])})")
     if odd:
         few = ", ".join([*odd.values()][:5])
@@ -1263,7 +1264,7 @@ def note(sentence):
 
 def only_finding(record):
     """The one finding of an image besides "No Finding", or None."""
-    findings = record.findings - {NO_FINDING}
+    findings = present(record) - {NO_FINDING}
     return next(iter(findings)) if len(findings) == 1 else None
 
 
@@ -1285,7 +1286,8 @@ def five_by(number, records, rng):
 
 def gloria_5x200(records, seed=0):
     """GLoRIA's rule: frontal, one of the five tasks and nothing else, not even uncertain or a device."""
-    certain = [r for r in records if r.view in FRONTAL and not r.uncertain - {NO_FINDING}]
+    frontal = [record for record in records if record.view in FRONTAL]
+    certain = [r for r in frontal if -1 not in (r.labels | {NO_FINDING: None}).values()]
     return five_by(200, certain, np.random.RandomState(seed))
 
 
@@ -1311,9 +1313,9 @@ def gloria_split(records, seed=0):
 def balanced(records, finding, seed=0, number=None):
     """As many records without the finding as with it; with `number`, so many of these at random (MedCLIP)."""
     rng = np.random.RandomState(seed)
-    present = [record for record in records if finding in record.findings]
-    others = [record for record in records if finding not in record.findings]
-    drawn = present + sample(rng, others, len(present), f"show no {finding}")
+    positive = [record for record in records if finding in present(record)]
+    others = [record for record in records if finding not in present(record)]
+    drawn = positive + sample(rng, others, len(positive), f"show no {finding}")
     return drawn if number is None else sample(rng, drawn, number)
 
 
@@ -1323,23 +1325,23 @@ class Protocol(NamedTuple):
     rule: object  # function: all records -> the chosen ones, by the published list's seed if there is one
 
 
-RSNA = "RSNA's stage_2_train_labels.csv", rsna_table
+CHEXPERT_TABLE, RSNA_TABLE = "CheXpert's train.csv", "RSNA's stage_2_train_labels.csv"
 PROTOCOLS = {
-    "chexpert-5x200": Protocol("CheXpert's train.csv", chexpert_table, gloria_5x200),
-    "chexpert-5x200-medclip": Protocol("CheXpert's train.csv", chexpert_table, medclip_5x200),
+    "chexpert-5x200": Protocol(CHEXPERT_TABLE, chexpert_table, gloria_5x200),
+    "chexpert-5x200-medclip": Protocol(CHEXPERT_TABLE, chexpert_table, medclip_5x200),
     "mimic-5x200": Protocol(
         "MIMIC-CXR-JPG's metadata.csv.gz, with the split and the chexpert table beside it",
         lambda table: mimic_table(table, "validate", "test"),
         gloria_5x200,
     ),
-    "rsna-all": Protocol(*RSNA, list),
-    "rsna-balanced": Protocol(*RSNA, lambda records: balanced(records, "Pneumonia")),
-    "rsna-gloria-train": Protocol(*RSNA, lambda records: gloria_split(records)["train"]),
-    "rsna-gloria-valid": Protocol(*RSNA, lambda records: gloria_split(records)["valid"]),
-    "rsna-gloria-test": Protocol(*RSNA, lambda records: gloria_split(records)["test"]),
+    "rsna-all": Protocol(RSNA_TABLE, rsna_table, list),
+    "rsna-balanced": Protocol(RSNA_TABLE, rsna_table, lambda records: balanced(records, "Pneumonia")),
+    "rsna-gloria-train": Protocol(RSNA_TABLE, rsna_table, lambda records: gloria_split(records)["train"]),
+    "rsna-gloria-valid": Protocol(RSNA_TABLE, rsna_table, lambda records: gloria_split(records)["valid"]),
+    "rsna-gloria-test": Protocol(RSNA_TABLE, rsna_table, lambda records: gloria_split(records)["test"]),
     "covid-normal": Protocol(
         "the folder of COVID-19 Radiography",
-        lambda folder: [r for r in covid_folders(folder) if r.findings & {"COVID-19", NO_FINDING}],
+        lambda folder: [r for r in covid_folders(folder) if present(r) & {"COVID-19", NO_FINDING}],
         lambda records: balanced(records, "COVID-19", 42, 3000),
     ),
 }
@@ -1419,11 +1421,10 @@ def pack_image(side, job):
 
 def table_rows(chosen, images):
     """[(split, record), ...] and the names of their images -> rows of a table for csv_table, header first."""
-    names = sorted(set().union(*(getattr(r, state) for _, r in chosen for state in STATES)))
+    names = sorted(set().union(*(r.labels for _, r in chosen)))
     rows = [[*CSV_COLUMNS, *names]]
     for (split, r), image in zip(chosen, images, strict=True):
-        cells = {name: cell for state, cell in CELLS.items() for name in getattr(r, state)}
-        labels = [cells.get(name, NOT_ANNOTATED) for name in names]
+        labels = [r.labels.get(name, NOT_ANNOTATED) for name in names]  # None becomes blank
         rows.append([image, r.id, r.source, r.patient, split, r.view, r.report or "", *labels])
     return rows
 
@@ -1438,7 +1439,7 @@ def pack(data, out, *, side, views=FRONTAL, workers=2):
     splits = {s: [r for spec in dict.fromkeys(data) for r in read_split(spec, s)] for s in SPLITS}
     check_patients(splits)
     refuse_repeats([r.id for r in chain(*splits.values())], f"{' and '.join(data)} has the image")
-    chosen = [(split, r) for split, records in splits.items() for r in in_views(records, views)]
+    chosen = [(split, r) for split, records in splits.items() for r in records if r.view in ("", *views)]
     check_images([r for _, r in chosen], 0)
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()) and not (out / "bad.txt").is_file():
@@ -1563,20 +1564,17 @@ def read_records(data, split, limit=None):
     return {spec: [record for part in wanted for record in found[part][spec]] for spec in data}
 
 
-def in_views(records, views):
-    """The records with one of the views, and those whose source never says it -> list."""
-    return [record for record in records if not record.view or record.view in views]
+def load_records(data, split, limit=None, *, views=FRONTAL, uncertain="ignore"):
+    """The records of a split to train on or to evaluate, settled.
 
-
-def usable(found, split, limit=None, *, views=FRONTAL, uncertain="ignore"):
-    """Of what read_records found, the records to train on or to evaluate, settled.
-
+    data: as for read_records, or what it found. views: to keep, beside images whose source never says it.
     limit: keep the first so many of each data set (smoke runs). Data sets of which nothing is left are named
     in a note; where this is so of all, Lacking is raised.
     """
+    found = data if isinstance(data, dict) else read_records(data, split, limit)
     records, lacking = [], []
     for spec, read in found.items():
-        kept = [settle(record, uncertain) for record in in_views(read, views)[:limit]]
+        kept = [settle(r, uncertain) for r in [r for r in read if r.view in ("", *views)][:limit]]
         records += kept
         if not kept:
             without = f" with the view {' or '.join(views)}, see --views" if read else ""
@@ -1586,11 +1584,6 @@ def usable(found, split, limit=None, *, views=FRONTAL, uncertain="ignore"):
     for sentence in lacking:
         note(f"{sentence}; the others are used")
     return records
-
-
-def load_records(data, split, limit=None, *, views=FRONTAL, uncertain="ignore"):
-    """The usable records of a split."""
-    return usable(read_records(data, split, limit), split, limit, views=views, uncertain=uncertain)
 
 
 def pick_listed(records, ids, where):
@@ -1605,12 +1598,6 @@ def pick_listed(records, ids, where):
             f"an id there looks like {next(iter(of_id), None)!r}"
         )
     return [of_id[id] for id in ids]
-
-
-def listed_records(data, ids, uncertain="ignore"):
-    """The records with these ids, whatever their split and view, settled."""
-    records = chain(*read_records(data, "all").values())
-    return [settle(record, uncertain) for record in pick_listed([*records], ids, " and ".join(data))]
 
 
 # ------------------------------------------------------------------------------------------------- program
@@ -1634,15 +1621,15 @@ def print_summary(spec, splits):
     print(f"{spec}\n{'':28}{'images':>10}{'patients':>10}{'reports':>10}{'labelled':>10}")
     for split, found in splits.items():
         patients, reports = len({r.patient for r in found}), sum(r.report is not None for r in found)
-        labelled = sum(bool(r.findings) for r in found)
+        labelled = sum(1 in r.labels.values() for r in found)
         print(f"{split:28}{len(found):10,}{patients:10,}{reports:10,}{labelled:10,}")
     views = Counter(record.view or "not said" for record in records)
     print(f"views: {', '.join(f'{view} {count:,}' for view, count in views.most_common())}")
 
-    counts = {state: Counter(name for r in records for name in getattr(r, state)) for state in STATES}
+    counts = Counter(label for r in records for label in r.labels.items())
     print(f"\n{'':28}{'1':>10}{'0':>10}{'-1':>10}{'blank':>10}")
-    for name in sorted(set().union(*counts.values())):
-        print(f"{name:28}" + "".join(f"{counts[state][name]:10,}" for state in STATES))
+    for name in sorted({name for name, _ in counts}):
+        print(f"{name:28}" + "".join(f"{counts[name, value]:10,}" for value in STATES))
 
     missing = sum(not os.path.exists(r.image) for r in records if isinstance(r.image, Path))
     print(f"\nmissing files: {missing:,}\n")
@@ -1694,7 +1681,7 @@ def number_type(kind, low, high=sys.float_info.max):
     return read
 
 
-class ArgumentParser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Answers a wrong option with one line."""
 
     def error(self, message):
@@ -1703,7 +1690,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def build_parser():
     about = "Look into data sets, rebuild protocols, pack images."
-    p = ArgumentParser(description=about, allow_abbrev=False)
+    p = Parser(description=about, allow_abbrev=False)
     commands = p.add_subparsers(metavar="COMMAND", required=True)
     amount, size = number_type(int, 0, 256), number_type(int, 1, 4096)
 

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import data
 import prompts
-from data import ArgumentParser, BadInput, Lacking, number_type
+from data import BadInput, Lacking, Parser, number_type
 from umcl import UMCL, SwinTransformer, TextEncoder
 
 # ------------------------------------------------------------------------------------------------- metrics
@@ -401,9 +401,10 @@ def class_sentences(records, findings, count, seed=0):
     """
     found = {}
     for record in records:
-        if record.report and len(record.findings) == 1:
+        has = data.present(record)
+        if record.report and len(has) == 1:
             for sentence in re.split(r"(?<=[.!?])\s+", record.report.strip()):
-                found.setdefault(sentence, set()).update(record.findings)
+                found.setdefault(sentence, set()).update(has)
     rng, texts = np.random.default_rng(seed), []
     for name in findings:
         own = sorted(sentence for sentence, owners in found.items() if owners == {name})
@@ -493,15 +494,6 @@ def drawn_by_patient(records, percent, seed):
     order = np.random.default_rng(seed).permutation(len(patients))
     chosen = {patients[i] for i in order[: max(1, round(len(patients) * percent / 100))]}
     return [row for row, patient in enumerate(patient_of) if patient in chosen]
-
-
-def of_other_patients(records, evaluated, split):
-    """Records with a known finding of patients not evaluated; without reports, which nobody looks at."""
-    known = [record for record in records if record.findings or record.absent]
-    kept = [replace(record, report=None) for record in data.hold_out(known, evaluated)]
-    if not kept:
-        raise Lacking(f"no labelled record of the {split} split is left beside the evaluated patients")
-    return kept
 
 
 def transfer(encoded, scores):
@@ -936,7 +928,7 @@ def encode_images(run, images):
             image = Path(image)
         elif (image.ndim, image.dtype) != (2, np.uint8):
             raise BadInput(f"an image as array is (H, W) uint8, not {image.shape} {image.dtype}")
-        records.append(data.Record(image, None, frozenset(), str(i), "images"))
+        records.append(data.Record(image, None, {}, str(i), "images"))
     return encode(run, records).image_features
 
 
@@ -970,11 +962,11 @@ def gallery(encoded, path, rows=4, columns=3, side=224):
     for top, query in zip(range(0, picture.height, height), queries, strict=True):
         view = data.evaluation_transform(side)(data.read_image(records[query].image))
         picture.paste(Image.fromarray(view[0].numpy()), (0, top + title))
-        draw.text((4, top + 4), ", ".join(sorted(records[query].findings))[:32], "black", FONT)
+        draw.text((4, top + 4), ", ".join(sorted(data.present(records[query])))[:32], "black", FONT)
         for rank, near in enumerate((-(images[query] @ encoded.report_features.T)).argsort()[:columns], 1):
             match, left = (labels[near] == labels[query]).all() and labels[query].any(), rank * width
             lines = [f"{rank}. {'match' if match else 'no match'}{', its own report' * bool(near == query)}"]
-            text = f"[{', '.join(sorted(records[near].findings))}] {records[near].report}"
+            text = f"[{', '.join(sorted(data.present(records[near])))}] {records[near].report}"
             lines += textwrap.wrap(text, 30)[:12]
             frame = left, top, left + side, top + title + side
             draw.rectangle(frame, outline="green" if match else "red", width=3)
@@ -1029,9 +1021,8 @@ def print_table(task, entries, all_metrics=True):
 
 def records_sha256(records):
     """SHA-256 of the ids and what is known of each, in any order, and of the reports -> two str."""
-    lines = [
-        "\t".join([r.source, r.id or r.patient, *sorted(r.findings), "-", *sorted(r.absent)]) for r in records
-    ]
+    known = ((r, sorted(data.present(r)), sorted(data.absent(r))) for r in records)
+    lines = ["\t".join([r.source, r.id or r.patient, *has, "-", *lacks]) for r, has, lacks in known]
     return data.ids_sha256(sorted(lines)), data.ids_sha256(sorted(r.report or "" for r in records))
 
 
@@ -1047,7 +1038,7 @@ def commit():
 # fmt: off
 def build_parser():
     positive = number_type(int, 1)
-    p = ArgumentParser(description="Evaluate a run of train.py.", allow_abbrev=False)
+    p = Parser(description="Evaluate a run of train.py.", allow_abbrev=False)
     p.add_argument("--task", nargs="+", choices=[*TASKS, "all"], default=["zero-shot", "retrieval"])
     p.add_argument("--checkpoint", help="RUN or RUN/best.pt; default the newest run's best")
     p.add_argument("--compare", nargs="+", metavar="RUN", help="several, side by side on the same records")
@@ -1206,7 +1197,11 @@ def evaluate_run(args, path, out, run, records, chosen):
 
     @functools.cache
     def others(split):
-        return encode(run, of_other_patients(load_split(args, run, args.data, split), records, split))
+        left = data.hold_out(load_split(args, run, args.data, split), records)
+        labelled = [replace(record, report=None) for record in left if record.labels]  # reports: unused
+        if not labelled:
+            raise Lacking(f"no labelled record of the {split} split is left beside the evaluated patients")
+        return encode(run, labelled)
 
     def training():
         return data.hold_out(load_split(args, run, run.args.data, "train"), records)
@@ -1249,8 +1244,10 @@ def evaluate(args):
         run.model.to(resolve_machine(run.args))
     args.data = args.data or runs[0].args.data
     if args.ids:
-        records = data.listed_records(args.data, data.read_ids(args.ids), runs[0].args.uncertain)
-        records, chosen = records[: args.limit], f"list {args.ids}"
+        known = [r for found in data.read_records(args.data, "all").values() for r in found]
+        listed = data.pick_listed(known, data.read_ids(args.ids), " and ".join(args.data))
+        records = [data.settle(record, runs[0].args.uncertain) for record in listed[: args.limit]]
+        chosen = f"list {args.ids}"
     else:
         records, chosen = load_split(args, runs[0], args.data, args.split), f"{args.split} split"
     trained = runs[0].args.findings or ()

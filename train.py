@@ -42,7 +42,7 @@ from tqdm import tqdm
 import data
 import evaluate
 import prompts
-from data import ArgumentParser, BadInput, number_type
+from data import BadInput, Parser, number_type
 from evaluate import MACHINE_OPTIONS, Run, build_model, read_checkpoint, wrap_tokenizer
 from umcl import (
     MAX_LOGIT_SCALE,
@@ -205,7 +205,7 @@ def build_parser():
     on_off = argparse.BooleanOptionalAction
     positive, natural = number_type(int, 1, 10**9), number_type(int, 0, 4096)
     size, share = number_type(int, 1, 4096), number_type(float, 0, 1)
-    p = ArgumentParser(description="Pre-train UMCL or one of its ablations.", allow_abbrev=False,
+    p = Parser(description="Pre-train UMCL or one of its ablations.", allow_abbrev=False,
                        epilog="Presets set the sizes and the schedule; RUN/config.json has all values.")
     add = p.add_argument
     add("--data", nargs="+", default=["phantom"], metavar="NAME[=ROOT]", help=", ".join(data.DATASETS))
@@ -467,7 +467,10 @@ def gather_rows(*tensors):
 
 
 def load_splits(args):
-    """The records to train on and to validate, without held-out patients and copies -> two lists."""
+    """The records to train on and to validate -> two lists; says how many images --hold-out leaves out.
+
+    It leaves out the patients of the listed images, and those of near copies of these.
+    """
     names = data.SPLITS if args.hold_out else data.SPLITS[:2]
     read = {split: data.read_records(args.data, split, args.limit) for split in names}
     listed, splits = [], []
@@ -477,7 +480,8 @@ def load_splits(args):
         ids = [id for file in args.hold_out for id in data.read_ids(file)]
         listed = data.pick_listed([*known], ids, " and ".join([*args.data, *args.hold_out_data]))
     for split in data.SPLITS[:2]:
-        records = data.usable(read[split], split, args.limit, views=args.views, uncertain=args.uncertain)
+        chosen = {"views": args.views, "uncertain": args.uncertain}
+        records = data.load_records(read[split], split, args.limit, **chosen)
         data.check_images(records, args.image_size)
         if args.findings:
             missing = set(args.findings) - set(data.vocabulary(records))
@@ -485,14 +489,11 @@ def load_splits(args):
                 raise BadInput(f"--findings {', '.join(sorted(missing))}: no training record has it")
             records = data.restricted(records, frozenset(args.findings))
         splits.append(records)
-    return without_listed(splits, listed, args.workers) if listed else splits
-
-
-def without_listed(splits, listed, workers):
-    """Splits without the patients of the listed images and near copies of these; says how many images go."""
+    if not listed:
+        return splits
     others = [data.hold_out(records, listed) for records in splits]
-    copies = set(data.near_copies([*itertools.chain(*others)], listed, workers))
-    kept = [[record for record in records if record not in copies] for records in others]
+    copies = data.near_copies([*itertools.chain(*others)], listed, args.workers)
+    kept = [data.hold_out(records, copies) for records in others]
     for split, *parts in zip(data.SPLITS[:2], splits, others, kept, strict=True):
         whole, by_patient, left = map(len, parts)
         held_out = f"{whole - by_patient:,} are held out by patient and {by_patient - left:,} more by picture"
@@ -598,7 +599,8 @@ def training_sha256(records):
     digest = hashlib.sha256()
     for r in records:
         image = str(r.image.stat().st_size).encode() if isinstance(r.image, Path) else r.image.tobytes()
-        digest.update(image + repr((r.id, r.report, sorted(r.findings), sorted(r.absent))).encode())
+        known = r.id, r.report, sorted(data.present(r)), sorted(data.absent(r))
+        digest.update(image + repr(known).encode())
     return digest.hexdigest()
 
 

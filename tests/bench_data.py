@@ -50,7 +50,7 @@ def masked(table):
     frontal = [r for r in data.chexpert_table(table) if r.view in data.FRONTAL]
     for policy in data.UNCERTAIN:
         records = [data.settle(r, policy) for r in frontal]
-        each = [len(r.findings) for r in records if r.findings]
+        each = [len(data.present(r)) for r in records if data.present(r)]
         reports, texts, *_ = masked_pairs(records, 100)
         print(
             f"{policy}: {len(each):,} labelled images, {np.mean(each):.2f} findings each; in a batch of 100 "
@@ -58,7 +58,7 @@ def masked(table):
         )
     rows = [data.settle(r, "ignore") for r in frontal]
     for names in (("Edema", "Pleural Effusion"), data.COMPETITION, data.CHEXPERT):
-        records = [r for r in data.restricted(rows, frozenset(names)) if r.findings or r.absent]
+        records = [r for r in data.restricted(rows, frozenset(names)) if r.labels]
         for batch in (16, 256):
             *_, left, none = masked_pairs(records, batch)
             print(f"{len(names)} findings, batch {batch}: {left:.0%} negatives left, {none:.1%} have none")

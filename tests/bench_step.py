@@ -116,8 +116,9 @@ def our_step(batch, precision, device, compiled=False):
     tokenizer = train.wrap_tokenizer(train.learn_tokenizer(names).to_str())
     model = train.build_model(args, bert, args.prompt_length).to(device).train()
     run = train.Run(model, tokenizer, names, args)
-    present = [frozenset(names[j] for j in torch.randperm(C)[: 1 + i % 3].tolist()) for i in range(batch)]
-    records = [data.Record(None, None, some, "", "random", frozenset(names) - some) for some in present]
+    present = [torch.randperm(C)[: 1 + i % 3].tolist() for i in range(batch)]
+    labels = [{name: int(j in some) for j, name in enumerate(names)} for some in present]
+    records = [data.Record(None, None, each, "", "random") for each in labels]
     collate = train.training_loader(run, records, []).dataset.collate
     images = torch.randint(0, 256, (batch, 1, args.image_size, args.image_size), dtype=torch.uint8)
     batch = data.to_device(collate(list(enumerate(images))), torch.device(device))

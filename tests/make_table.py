@@ -37,11 +37,10 @@ def by_patient(records, **cuts):
     return [(split, record) for split in data.SPLITS for record in splits[split]]
 
 
-def mesh_states(headings):
-    """Headings such as "Opacity/lung/base/left" -> states; a report that was not indexed has none."""
+def mesh_labels(headings):
+    """Headings such as "Opacity/lung/base/left" -> labels; a report that was not indexed has none."""
     main = {heading.split("/")[0].strip() for heading in headings} - {"", "No Indexing"}
-    present = frozenset(finding for finding, names in MESH.items() if main.intersection(names))
-    return {"findings": present, "blank": frozenset(MESH) - present if main else frozenset()}
+    return {name: 1 if main.intersection(known) else None for name, known in MESH.items()} if main else {}
 
 
 def openi(root):
@@ -56,7 +55,7 @@ def openi(root):
         with data.reading(path):
             tree = ElementTree.parse(path)
             section = {part.get("Label"): part.text for part in tree.iter("AbstractText")}
-            states = mesh_states(heading.text or "" for heading in tree.iter("major"))
+            labels = mesh_labels(heading.text or "" for heading in tree.iter("major"))
             ids = [image.attrib["id"] for image in tree.iter("parentImage")]
         text = data.join(section.get("IMPRESSION"), section.get("FINDINGS"))
         for id in ids:
@@ -64,7 +63,7 @@ def openi(root):
             position = positions.get(id.replace("CXR1_1_", "CXR1_"))
             view = data.dicom_view(position) if position else ""
             image = images.get(id, root / f"{id}.png")
-            records.append(Record(image, text, patient=path.stem, source="openi", id=id, view=view, **states))
+            records.append(Record(image, text, labels, patient=path.stem, source="openi", id=id, view=view))
     return by_patient(records)
 
 
@@ -74,13 +73,16 @@ def nih_chestxray14(root):
     rows = [row for _, row in data.read_table(table, ("Image Index", "Finding Labels", "Patient ID"))]
     places, records = data.images_under(root), []
     elsewhere = {"Effusion": "Pleural Effusion", "Pleural_Thickening": "Pleural Thickening"}
-    named = [frozenset(elsewhere.get(n, n) for n in row["Finding Labels"].split("|")) for row in rows]
-    annotated = frozenset().union(*named)
+    named = [{elsewhere.get(n, n) for n in row["Finding Labels"].split("|")} for row in rows]
+    annotated = sorted(set().union(*named))
     for row, present in zip(rows, named, strict=True):
         id, patient = row["Image Index"], row["Patient ID"]
         image = places.get(os.path.splitext(id)[0], root / "images" / id)
-        known = {"absent": annotated - present, "view": row.get("View Position") or "FRONTAL"}
-        records.append(Record(image, None, present, patient, "nih-chestxray14", id=id, **known))
+        labels, view = (
+            {name: int(name in present) for name in annotated},
+            row.get("View Position") or "FRONTAL",
+        )
+        records.append(Record(image, None, labels, patient, "nih-chestxray14", id=id, view=view))
     official = root / "test_list.txt"
     if not official.exists():
         return by_patient(records)
@@ -107,11 +109,11 @@ def covid_chestxray(root):
             alias[patient] = owner[id]
             continue
         known = {"patient": patient, "source": "covid-chestxray", "id": id, "view": row["view"][:2]}
-        records.append(Record(root / id, data.as_written(notes), frozenset(names), **known))
+        records.append(Record(root / id, data.as_written(notes), dict.fromkeys(sorted(names), 1), **known))
     return by_patient([replace(r, patient=alias.get(r.patient, r.patient)) for r in records])
 
 
-CATEGORIES = frozenset({"Abdomen", "Head", "Reproductive and Urinary System", "Spine and Muscles", "Thorax"})
+CATEGORIES = ("Abdomen", "Head", "Reproductive and Urinary System", "Spine and Muscles", "Thorax")
 
 
 def medpix2(root):
@@ -122,10 +124,10 @@ def medpix2(root):
         for number, line in data.read_lines(path):
             with data.reading(path, f", line {number},"):
                 row = json.loads(line)
-                id, present = row["image"], frozenset({row["Location Category"]})
+                id, labels = row["image"], dict.fromkeys(CATEGORIES, 0) | {row["Location Category"]: 1}
                 caption = data.as_written(row["Description"]["Caption"] or "")
-                known = {"patient": row["U_id"], "source": "medpix2", "absent": CATEGORIES - present}
-            found.append((split, Record(root / "images" / f"{id}.png", caption, present, id=id, **known)))
+                known = {"patient": row["U_id"], "source": "medpix2", "id": id}
+            found.append((split, Record(root / "images" / f"{id}.png", caption, labels, **known)))
     return found
 
 
@@ -144,7 +146,7 @@ def make_table(name, root):
 
 
 if __name__ == "__main__":
-    parser = data.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = data.Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("name", choices=READERS)
     parser.add_argument("folder")
     args = parser.parse_args()

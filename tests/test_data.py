@@ -18,7 +18,8 @@ from umcl import UMCL, SwinTransformer, TextEncoder
 
 def record(findings=(), report=None, patient="1", absent=(), image=None):
     image = np.full((8, 8), 100, np.uint8) if image is None else image
-    return Record(image, report, frozenset(findings), patient, "test", frozenset(absent))
+    labels = dict.fromkeys(sorted(absent), 0) | dict.fromkeys(sorted(findings), 1)
+    return Record(image, report, labels, patient, "test")
 
 
 # -------------------------------------------------------------------------------------------- labels, settled
@@ -26,10 +27,13 @@ def record(findings=(), report=None, patient="1", absent=(), image=None):
 
 def settled(policy, **values):
     """Cells of a row -> what the policy makes of them."""
-    states = data.four_states(tuple(values), tuple(values.values()))
-    r = data.settle(Record(Path("a.png"), None, patient="1", source="test", **states), policy)
-    outcome = {name: "unknown" for name in values}
-    return outcome | dict.fromkeys(r.findings, "present") | dict.fromkeys(r.absent, "absent")
+    labels = data.read_labels(tuple(values), tuple(values.values()))
+    r = data.settle(Record(Path("a.png"), None, labels, patient="1", source="test"), policy)
+    assert not r.labels.keys() - values.keys()
+    return {
+        name: {1: "present", 0: "absent"}[r.labels[name]] if name in r.labels else "unknown"
+        for name in values
+    }
 
 
 TRUTH = {  # cell, another present: ignore, zeros, ones, competition of edema, of fracture
@@ -61,8 +65,8 @@ def test_of_an_uncertain_finding_the_competition_keeps_three():
 @pytest.mark.parametrize("policy", data.UNCERTAIN)
 def test_settling_keeps_all_but_the_states_and_makes_no_blank_image_normal(policy):
     names = {"image": Path("a"), "report": "text", "patient": "1", "source": "s", "id": "i", "view": "PA"}
-    r = data.settle(Record(**names, **{state: frozenset({state}) for state in data.STATES}), policy)
-    assert {name: getattr(r, name) for name in names} == names and not r.uncertain and not r.blank
+    r = data.settle(Record(**names, labels={str(state): state for state in data.STATES}), policy)
+    assert {name: getattr(r, name) for name in names} == names and {*r.labels.values()} == {1, 0}
     assert set(settled(policy, **dict.fromkeys(data.CHEXPERT, "")).values()) == {"unknown"}
 
 
@@ -279,7 +283,7 @@ def phantoms(split):
 
 
 def content(records):
-    return [(r.image.tobytes(), r.report, r.findings, r.absent, r.patient) for r in records]
+    return [(r.image.tobytes(), r.report, r.labels, r.patient) for r in records]
 
 
 def test_phantoms_are_a_pure_function_whatever_the_order_of_their_findings():
@@ -291,7 +295,7 @@ def test_phantoms_are_a_pure_function_whatever_the_order_of_their_findings():
 
 def test_a_phantom_is_the_same_patient_at_every_size():
     small, large = (data.phantom(size, "valid") for size in ("8", "24"))
-    assert [(r.report, r.findings) for r in small] == [(r.report, r.findings) for r in large]
+    assert [(r.report, r.labels) for r in small] == [(r.report, r.labels) for r in large]
 
 
 @pytest.mark.parametrize("size", ["0", "2049", "9" * 19, "x", "-1"])
@@ -309,15 +313,15 @@ def test_no_two_phantoms_are_alike_within_a_split_or_across():
 def test_each_finding_shows_in_the_mean_of_its_images():
     images = np.array([r.image for r in phantoms("test")], float)
     for finding in data.PHANTOM_FINDINGS:
-        has = np.array([finding in r.findings for r in phantoms("test")])
+        has = np.array([r.labels[finding] == 1 for r in phantoms("test")])
         error = images.std(0) * (1 / has.sum() + 1 / (~has).sum()) ** 0.5
         deviations = np.abs(images[has].mean(0) - images[~has].mean(0)) / error
         assert deviations.max() > 6  # in standard errors; chance gives 4 among 256 pixels
 
 
 def test_each_test_phantom_has_one_finding_and_each_finding_200():
-    counts = Counter(r.findings for r in phantoms("test"))
-    assert counts == {frozenset({finding}): 200 for finding in data.PHANTOM_FINDINGS}
+    counts = Counter(tuple(data.present(r)) for r in phantoms("test"))
+    assert counts == {(finding,): 200 for finding in data.PHANTOM_FINDINGS}
 
 
 def test_all_test_phantoms_and_half_of_those_for_training_have_a_report():
@@ -326,16 +330,16 @@ def test_all_test_phantoms_and_half_of_those_for_training_have_a_report():
 
 
 def test_training_phantoms_show_none_to_three_findings_and_all_others_are_absent():
-    assert {len(r.findings - {"No Finding"}) for r in phantoms("train")} == {0, 1, 2, 3}
+    assert {len(data.present(r) - {"No Finding"}) for r in phantoms("train")} == {0, 1, 2, 3}
     names = [*data.PHANTOM_FINDINGS, "No Finding"]
-    assert all(sorted([*r.findings, *r.absent]) == sorted(names) for r in phantoms("train"))
+    assert all(sorted(r.labels) == sorted(names) for r in phantoms("train"))
 
 
 def test_no_report_denies_a_drawn_finding():
     for r in phantoms("train") + phantoms("test"):
-        if r.report and "No Finding" not in r.findings:
+        if r.report and not r.labels["No Finding"]:
             denials = [sentence for sentence in r.report.lower().split(".") if "no " in sentence]
-            names = [name for finding in r.findings for name in data.ABSENT[finding]]
+            names = [name for finding in data.present(r) for name in data.ABSENT[finding]]
             assert not any(name in denial for name in names for denial in denials)
             assert not any(sentence in r.report for sentence in data.NORMAL)
 
@@ -343,7 +347,7 @@ def test_no_report_denies_a_drawn_finding():
 def test_most_reports_mention_what_was_drawn():
     words = {"Cardiomegaly": ("heart", "cardi"), "Edema": ("edema", "congestion", "perihilar", "septal")}
     for finding, own in words.items():
-        reports = [r.report.lower() for r in phantoms("test") if r.findings == {finding}]
+        reports = [r.report.lower() for r in phantoms("test") if data.present(r) == {finding}]
         assert np.mean([any(word in report for word in own) for report in reports]) > 0.9
 
 

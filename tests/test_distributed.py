@@ -51,11 +51,10 @@ def records():
     for i in range(24):
         image = np.random.default_rng(i).integers(0, 256, (16, 16), np.uint8)
         report = None if i in LABELS_ONLY else f"Report {i} of a heart and {i % 5} lungs."
-        findings = frozenset() if i in REPORTS_ONLY else frozenset(FINDINGS[i % 4])
-        found.append(data.Record(image, report, findings, str(i), "made"))
+        labels = {} if i in REPORTS_ONLY else dict.fromkeys(FINDINGS[i % 4], 1)
+        found.append(data.Record(image, report, labels, str(i), "made"))
     for i in range(24, 28):  # without Edema, and with nothing else that is known
-        absent = {"absent": frozenset({"Edema"})}
-        found.append(data.Record(found[i - 24].image, None, frozenset(), str(i), "made", **absent))
+        found.append(data.Record(found[i - 24].image, None, {"Edema": 0}, str(i), "made"))
     return found
 
 

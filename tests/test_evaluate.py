@@ -495,7 +495,7 @@ def test_of_data_without_labels_retrieval_is_by_instance_and_zero_shot_refused(
     assess, tmp_path, monkeypatch, capsys
 ):
     image = np.zeros((8, 8), np.uint8)
-    notes = [Record(image, f"Report {n}.", frozenset(), "1", "notes") for n in range(4)]
+    notes = [Record(image, f"Report {n}.", {}, "1", "notes") for n in range(4)]
     monkeypatch.setitem(data.DATASETS, "notes", lambda root, split: notes)
     assert assess("--data", f"notes={tmp_path}") == 0
     metrics = metrics_of(tmp_path / "results.json")["retrieval"]
@@ -563,10 +563,10 @@ def test_other_data_are_chosen_and_classes_that_training_never_saw_named(assess,
 
 def test_the_hash_of_records_changes_with_labels_and_reports_but_not_with_their_order():
     image = np.zeros((8, 8), np.uint8)
-    one, other = (Record(image, "A report.", frozenset(name), "1", "test") for name in "AB")
+    one, other = (Record(image, "A report.", {name: 1}, "1", "test") for name in "AB")
     labels, reports = evaluate.records_sha256([one, other])
     assert evaluate.records_sha256([other, one]) == (labels, reports)
-    assert evaluate.records_sha256([one, replace(other, findings=frozenset())])[0] != labels
+    assert evaluate.records_sha256([one, replace(other, labels={})])[0] != labels
     assert evaluate.records_sha256([one, replace(other, report="More.")])[1] != reports
 
 

@@ -95,7 +95,7 @@ def test_a_pack_gives_back_every_record_in_its_order(name, tmp_path):
     "report", ["1. ___ M (XXXX)", "two\r\nlines, one\u2028more", 'a "quote", a comma', None]
 )
 def test_a_report_comes_out_of_a_pack_word_for_word(report, tmp_path, monkeypatch):
-    r = data.Record(np.zeros((4, 4), np.uint8), report, frozenset({"Mass"}), "1", "rsna", id="1")
+    r = data.Record(np.zeros((4, 4), np.uint8), report, {"Mass": 1}, "1", "rsna", id="1")
     monkeypatch.setitem(data.DATASETS, "phantom", lambda root, split: [r] if split == "test" else [])
     pack("phantom", tmp_path / "pack")
     (found,) = everything(f"csv={tmp_path / 'pack'}")
@@ -108,8 +108,8 @@ def test_several_data_sets_in_one_pack_keep_what_each_annotates(tmp_path):
 
     def states(specs):
         found = [data.read_records(specs, split) for split in data.SPLITS]
-        records = data.in_views([r for part in found for r in (*chain(*part.values()),)], data.FRONTAL)
-        return [(r.id, r.findings, r.absent, r.uncertain, r.blank) for r in records]
+        records = [r for part in found for r in chain(*part.values()) if r.view in data.FRONTAL]
+        return [(r.id, r.labels) for r in records]
 
     assert states([f"csv={tmp_path / 'pack'}"]) == states(specs)
 

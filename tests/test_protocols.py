@@ -15,8 +15,8 @@ from data import BadInput, Record
 
 
 def record(findings=(), uncertain=(), view="PA", absent=(), id="", patient="1", source="test"):
-    states = {"findings": frozenset(findings), "uncertain": frozenset(uncertain), "absent": frozenset(absent)}
-    return Record(Path(id), None, patient=patient, source=source, id=id, view=view, **states)
+    labels = dict.fromkeys(absent, 0) | dict.fromkeys(uncertain, -1) | dict.fromkeys(findings, 1)
+    return Record(Path(id), None, labels, patient=patient, source=source, id=id, view=view)
 
 
 @pytest.fixture
@@ -98,9 +98,9 @@ def test_gloria_split_leaves_no_image_out_and_none_in_two_parts(number):
 
 def test_balanced_takes_every_image_with_the_finding_and_as_many_without_or_a_number_of_these():
     drawn = data.balanced(pneumonia(6, 14), "Pneumonia", 0)
-    assert len({r.id for r in drawn}) == 12 and sum("Pneumonia" in r.findings for r in drawn) == 6
+    assert len({r.id for r in drawn}) == 12 and sum("Pneumonia" in r.labels for r in drawn) == 6
     drawn = data.balanced(pneumonia(60, 140), "Pneumonia", 0, 50)
-    assert len({r.id for r in drawn}) == 50 and 10 < sum("Pneumonia" in r.findings for r in drawn) < 40
+    assert len({r.id for r in drawn}) == 50 and 10 < sum("Pneumonia" in r.labels for r in drawn) < 40
 
 
 @pytest.mark.parametrize(
@@ -251,16 +251,20 @@ def listing(tmp_path):
     return write
 
 
-def test_listed_records_come_in_the_order_of_the_list_from_all_splits_and_views_and_are_settled(films):
+def listed(specs, ids):
+    records = [r for found in data.read_records(specs, "all").values() for r in found]
+    return data.pick_listed(records, ids, "the films")
+
+
+def test_listed_records_come_in_the_order_of_the_list_from_all_splits_and_views(films):
     ids = ["24.png", "0.png", "3.png"]  # test and lateral, train, valid
-    assert [r.id for r in data.listed_records([films], ids)] == ids
-    assert [r.absent for r in data.listed_records([films], ["1.png"], "zeros")] == [{"Edema"}]
+    assert [r.id for r in listed([films], ids)] == ids
 
 
 def test_an_id_that_no_image_has_is_shown_beside_one_that_an_image_has(films):
-    sentence = r"2 of the 3 listed ids are not in csv=.*'x/0.png'.*looks like '0.png'"
+    sentence = r"2 of the 3 listed ids are not in the films.*'x/0.png'.*looks like '0.png'"
     with pytest.raises(BadInput, match=sentence):
-        data.listed_records([films], ["0.png", "x/0.png", "x/1.png"])
+        listed([films], ["0.png", "x/0.png", "x/1.png"])
 
 
 def test_a_run_leaves_out_the_patients_of_several_lists_and_says_how_many_images_that_costs(
@@ -278,14 +282,17 @@ def test_the_data_of_a_list_are_refused_without_the_list(films, pretrain, capsys
     assert "--hold-out-data says where the images of --hold-out are" in capsys.readouterr().err
 
 
-def test_a_list_of_another_data_set_keeps_its_copies_out(films, listing, pretrain, tmp_path, capsys):
+def test_a_list_of_another_data_set_keeps_the_patients_of_its_copies_out(
+    films, listing, pretrain, tmp_path, capsys
+):
+    """The patient of the copy has another frontal image."""
     chest = data.Image.fromarray(data.draw_phantom(np.random.default_rng(0), (), 160)[0])
     chest.save(tmp_path / "0.png")
     chest.resize((100, 100)).save(tmp_path / "copy.png")
     (tmp_path / "others.csv").write_text("image\ncopy.png\n")
     flags = ["--hold-out", listing("copy.png"), "--hold-out-data", f"csv={tmp_path / 'others.csv'}"]
     assert pretrain("--data", films, *flags) == 0
-    assert "train: of 12 images 0 are held out by patient and 1 more by picture" in capsys.readouterr().out
+    assert "train: of 12 images 0 are held out by patient and 2 more by picture" in capsys.readouterr().out
 
 
 def test_a_run_may_hold_out_all_that_would_choose_the_epoch(films, listing, pretrain, capsys):
@@ -305,12 +312,12 @@ def test_a_list_that_a_run_cannot_hold_out_is_refused(films, listing, pretrain, 
     assert line == f"train.py: {tmp_path / 'ids.txt'} is not there"
 
 
-def test_a_listed_id_of_two_images_is_refused(films, listing, tmp_path):
+def test_a_listed_id_of_two_images_is_refused(films, tmp_path):
     copied = tmp_path / "copy" / "films.csv"
     copied.parent.mkdir()
     copied.write_bytes(Path(films.partition("=")[2]).read_bytes())
     with pytest.raises(data.BadInput, match="has the image '0.png' 2 times"):
-        data.listed_records([films, f"csv={copied}"], data.read_ids(listing("0.png")))
+        listed([films, f"csv={copied}"], ["0.png"])
 
 
 @pytest.fixture
@@ -373,12 +380,12 @@ Support Devices: 116001 6137 1079 100197, 107170 5340 915
 def test_real_chexpert_has_its_labels_by_state(real_chexpert):
     frontal = [r for r in real_chexpert if r.view in data.FRONTAL]
     counts = [
-        [Counter(name for r in records for name in getattr(r, state)) for state in data.STATES]
-        for records in (real_chexpert, frontal)
+        Counter(label for r in records for label in r.labels.items()) for records in (real_chexpert, frontal)
     ]
     for line in COUNTS.strip().splitlines():
         name, _, figures = line.partition(": ")
-        found = [" ".join(str(count[name]) for count in part) for part in (counts[0], counts[1][:3])]
+        found = [" ".join(str(count[name, state]) for state in data.STATES) for count in counts]
+        found[1] = found[1].rpartition(" ")[0]
         assert f"{name}: {', '.join(found)}" == f"{name}: {figures}"
 
 

@@ -59,8 +59,7 @@ def test_every_record_is_sound(specs, name):
     for r in everything(specs[name]):
         assert r.id and not Path(r.id).is_absolute()  # the same wherever the folder lies
         assert r.source == (name if name in MADE else READERS[name][0]) and r.view in {*data.VIEWS, ""}
-        states = [getattr(r, state) for state in data.STATES]
-        assert sum(map(len, states)) == len(frozenset().union(*states))  # a finding is in one state
+        assert {*r.labels.values()} <= {*data.STATES} and all(isinstance(name, str) for name in r.labels)
         assert data.read_image(r.image).size == ((8, 8) if name == "pack" else (6, 5))
 
 
@@ -84,46 +83,43 @@ def test_a_sound_set_passes_its_summary_which_shows_no_word_of_a_report(specs, n
     assert MARKER not in "".join(capsys.readouterr())
 
 
-FOUR_STATES = {"findings": {"Edema"}, "absent": {"Fracture"}, "uncertain": {"Pneumonia"}}
-FOUR_STATES["blank"] = set(data.CHEXPERT) - layouts.FOUR.keys()
-UNLABELLED = dict.fromkeys(data.STATES, set())
+BLANK = dict.fromkeys(data.CHEXPERT)
+FOUR = BLANK | {"Edema": 1, "Fracture": 0, "Pneumonia": -1}
 SAID = [  # layout, id, what the record says
     ("chexpert", "train/patient00001/study1/view1_frontal.jpg",
-     {"patient": "patient00001", "view": "AP", "findings": {"No Finding", "Support Devices"}}),
+     {"patient": "patient00001", "view": "AP", "labels": BLANK | {"No Finding": 1, "Support Devices": 1}}),
     ("chexpert", "train/patient00001/study2/view1_frontal.jpg",
-     {"patient": "patient00001", "view": "PA", **FOUR_STATES}),
+     {"patient": "patient00001", "view": "PA", "labels": FOUR}),
     ("chexpert", "train/patient00001/study2/view3_lateral.jpg",
-     {"patient": "patient00001", "view": "LATERAL", **FOUR_STATES}),
+     {"patient": "patient00001", "view": "LATERAL", "labels": FOUR}),
     ("chexpert", "train/patient00003/study1/view1_frontal.jpg",  # LL in the table
-     {"view": "FRONTAL", **UNLABELLED, "blank": set(data.CHEXPERT)}),
+     {"view": "FRONTAL", "labels": BLANK}),
     ("chexpert", "test/patient64741/study1/view1_frontal.jpg", {"view": "FRONTAL"}),
     ("mimic-cxr", "files/p10/p10000001/s50000001/b.jpg",  # impression before findings
      {"report": f"No acute process. The lungs are clear, {MARKER}.", "view": "LATERAL"}),
     ("mimic-cxr", "files/p10/p10000001/s50000002/c.jpg",  # empty sections
-     {"report": None, "view": "UNKNOWN", **FOUR_STATES}),
+     {"report": None, "view": "UNKNOWN", "labels": FOUR}),
     ("mimic-cxr", "files/p10/p10000002/s50000003/d.jpg",  # the last paragraph; a study without labels
-     {"report": f"Compared to, the {MARKER} was removed.", "view": "AP", **UNLABELLED}),
+     {"report": f"Compared to, the {MARKER} was removed.", "view": "AP", "labels": {}}),
     ("mimic-cxr", "files/p11/p11000003/s50000004/e.jpg",  # one section for both; LL in the table
      {"report": f"Mild {MARKER}.", "view": "LATERAL"}),
-    ("rsna", "01", {**UNLABELLED, "findings": {"Pneumonia"}}),  # two boxes
-    ("rsna", "06", {**UNLABELLED, "findings": {"No Finding"}, "absent": {"Pneumonia"}}),
-    ("rsna", "10", {**UNLABELLED, "absent": {"Pneumonia"}}),
+    ("rsna", "01", {"labels": {"Pneumonia": 1}}),  # two boxes
+    ("rsna", "06", {"labels": {"No Finding": 1, "Pneumonia": 0}}),
+    ("rsna", "10", {"labels": {"Pneumonia": 0}}),
     ("openi", "CXR6_IM-00-01", {"report": f"Normal chest, {MARKER}. Lungs are clear.", "view": ""}),
     ("openi", "CXR2_IM-00-01", {"report": None}),  # empty sections
     ("openi", "CXR4_IM-00-01",
-     {"findings": {"Lung Opacity", "Support Devices"},
-      "blank": set(make_table.MESH) - {"Lung Opacity", "Support Devices"}}),
+     {"labels": dict.fromkeys(make_table.MESH) | {"Lung Opacity": 1, "Support Devices": 1}}),
     ("nih-chestxray14", "00000001_000.png",
-     {"findings": {"Cardiomegaly", "Pleural Effusion"},
-      "absent": {"No Finding", "Edema", "Mass", "Pleural Thickening"}}),
+     {"labels": {"Cardiomegaly": 1, "Pleural Effusion": 1,
+                 "No Finding": 0, "Edema": 0, "Mass": 0, "Pleural Thickening": 0}}),
     ("covid-chestxray", "images/3.png",
-     {"report": f"Case 3, {MARKER}.", "patient": "3", **UNLABELLED, "findings": {"COVID-19"}}),
+     {"report": f"Case 3, {MARKER}.", "patient": "3", "labels": {"COVID-19": 1}}),
     ("medpix2", "MPX1_1",
-     {"findings": {"Head"}, "patient": "MPX1",
-      "absent": {"Abdomen", "Thorax", "Reproductive and Urinary System", "Spine and Muscles"}}),
+     {"labels": dict.fromkeys(make_table.CATEGORIES, 0) | {"Head": 1}, "patient": "MPX1"}),
     ("csv", "pictures/3.png",
-     {"report": f"Film 3 shows a {MARKER}.", "patient": "1", "view": "PA", "findings": {"Edema"},
-      "uncertain": {"Hernia"}}),
+     {"report": f"Film 3 shows a {MARKER}.", "patient": "1", "view": "PA",
+      "labels": {"Edema": 1, "Hernia": -1}}),
 ]  # fmt: skip
 
 
@@ -408,8 +404,10 @@ def test_mimic_reports_may_be_absent(tmp_path, capsys):
 
 def test_rsna_without_the_details_has_no_normal_image(tmp_path):
     (layouts.rsna(tmp_path) / "stage_2_detailed_class_info.csv").unlink()
-    findings = Counter(r.findings for r in everything(f"rsna={tmp_path}"))
-    assert findings == {frozenset({"Pneumonia"}): 6, frozenset(): 14}
+    assert Counter(str(r.labels) for r in everything(f"rsna={tmp_path}")) == {
+        "{'Pneumonia': 1}": 6,
+        "{'Pneumonia': 0}": 14,
+    }
 
 
 # ------------------------------------------------------------------------------------------ covid-radiography
@@ -417,13 +415,15 @@ def test_rsna_without_the_details_has_no_normal_image(tmp_path):
 
 def classes(records):
     """{finding: number of its images}, each image having one."""
-    return Counter(*zip(*(r.findings for r in records), strict=True))
+    return Counter(*zip(*map(data.present, records), strict=True))
 
 
 def test_covid_radiography_has_four_classes_of_which_three_rule_out_covid(specs):
     records = everything(specs["covid-radiography"])
     assert classes(records) == dict.fromkeys(data.COVID_CLASSES.values(), 3)
-    assert all(r.absent == {"COVID-19"} - r.findings and r.image.parent.name == "images" for r in records)
+    assert all(
+        data.absent(r) == {"COVID-19"} - data.present(r) and r.image.parent.name == "images" for r in records
+    )
 
 
 @pytest.mark.parametrize("images", ["images", ""], ids=["folder of images", "older release without it"])
@@ -445,8 +445,9 @@ def test_covid_radiography_may_have_two_of_its_folders(tmp_path, capsys):
 
 
 def test_openi_headings_end_at_their_slash_and_views_are_those_of_the_dicom_table(tmp_path):
-    assert make_table.mesh_states(["Opacity /lung", "Lung/opacity"])["findings"] == {"Lung Opacity"}
-    assert make_table.mesh_states(["No Indexing"]) == {"findings": frozenset(), "blank": frozenset()}
+    opacity = dict.fromkeys(make_table.MESH) | {"Lung Opacity": 1}
+    assert make_table.mesh_labels(["Opacity /lung", "Lung/opacity"]) == opacity
+    assert make_table.mesh_labels(["No Indexing"]) == {}
     rows = [("CXR1_IM-0001-3001", "PA"), ("CXR4_IM-00-01", "LL"), ("CXR6_IM-00-01", ""), ("x", "RL")]
     table = [dict(zip(("imageid", "View Position"), row, strict=True)) for row in rows]
     layouts.write_table(tmp_path / "nlmcxr_dicom_metadata.csv", table)
@@ -472,7 +473,7 @@ def covid(root, *rows):
 def test_covid_findings_are_read_from_new_and_from_old_releases(tmp_path):
     rows = ["5,Pneumonia/Viral/COVID-19,AP,X-ray,images,a.jpg,", '6,"COVID-19, ARDS",AP,X-ray,images,b.jpg,']
     a, b = (covid(tmp_path, *rows)[f"images/{name}.jpg"] for name in "ab")
-    assert (a.findings, b.findings) == ({"COVID-19"}, {"COVID-19", "ARDS"})
+    assert (data.present(a), data.present(b)) == ({"COVID-19"}, {"COVID-19", "ARDS"})
 
 
 def test_patients_who_share_a_covid_file_are_one(tmp_path):
@@ -504,7 +505,7 @@ def test_csv_needs_no_column_but_image_and_may_begin_with_a_byte_order_mark(tmp_
     records = sorted(everything(f"csv={tmp_path / 'table.csv'}"), key=lambda r: r.id, reverse=True)
     assert [r.image for r in records] == [tmp_path / "a" / "b.png", Path("/elsewhere/c.png")]
     assert [r.patient for r in records] == ["a/b.png", "/elsewhere/c.png"]
-    assert {(r.report, r.findings, r.view) for r in records} == {(None, frozenset(), "")}
+    assert all((r.report, r.labels, r.view) == (None, {}, "") for r in records)
 
 
 def test_csv_without_splits_is_split_by_patient(tmp_path):
@@ -522,7 +523,7 @@ def test_csv_knows_the_names_of_the_validation_split(tmp_path):
 CSV_SAYS = [  # lines of a table, what its first record says
     (["image, id, source,split", "a.png,7,rsna,train"], {"id": "7", "source": "rsna"}),
     (["image,id,source,split", "a.png,,,train"], {"id": "a.png", "source": "csv"}),
-    (["image,split,Edema,Mass", "a.png,train,unknown,1"], {**UNLABELLED, "findings": {"Mass"}}),
+    (["image,split,Edema,Mass", "a.png,train,unknown,1"], {"labels": {"Mass": 1}}),
     (["image,report", "a.png,"], {"report": None}),
     (["image,report", "a.png,..."], {"report": None}),
     (["image,report", "a.png,___"], {"report": None}),
@@ -591,7 +592,7 @@ def test_the_summary_counts_what_is_there(specs, capsys):
 
 def test_every_image_of_the_real_covid_radiography_is_found():
     records = everything(f"covid-radiography={real('covid-radiography')}")
-    assert len(records) == 13808 and all(r.image.is_file() and r.findings for r in records)
+    assert len(records) == 13808 and all(r.image.is_file() and data.present(r) for r in records)
 
 
 @pytest.mark.parametrize(
@@ -601,7 +602,7 @@ def test_every_image_of_the_real_covid_radiography_is_found():
 )  # fmt: skip
 def test_every_image_of_the_real_data_enters_the_table_made_of_them(name, folder, count):
     chosen = make_table.READERS[name](real(folder))
-    assert len(chosen) == count and all(r.image.is_file() and r.findings for _, r in chosen)
+    assert len(chosen) == count and all(r.image.is_file() and data.present(r) for _, r in chosen)
 
 
 def test_real_openi_has_its_images_and_findings(tmp_path):
@@ -610,7 +611,7 @@ def test_real_openi_has_its_images_and_findings(tmp_path):
     records = [record for _, record in make_table.openi(tmp_path)]
     of_patient = {record.patient: record for record in records}
     assert Counter(Counter(r.patient for r in records).values()) == {1: 446, 2: 3208, 3: 181, 4: 15, 5: 1}
-    assert sum(r.findings == {"No Finding"} for r in of_patient.values()) > 1300
+    assert sum(data.present(r) == {"No Finding"} for r in of_patient.values()) > 1300
     assert sum(r.report is None for r in of_patient.values()) < 28
 
 
@@ -664,7 +665,7 @@ def test_what_is_no_file_is_refused_and_never_waited_for(kind, tmp_path):
 def test_csv_columns_with_other_cells_than_labels_are_left_out_and_named_once(tmp_path, capsys):
     spec = table_of(tmp_path, "image,split,age,Edema,sex", "a.png,train,63,1,F", "b.png,train,,0,M")
     records = [*everything(spec), *everything(spec)]
-    assert {name for r in records for name in r.findings | r.absent} == {"Edema"}
+    assert {name for r in records for name in r.labels} == {"Edema"}
     printed = capsys.readouterr().err
     assert printed.count("2 columns are left out") == 1
     assert "'age' (row 2: '63'), 'sex' (row 2: 'F')" in printed
@@ -711,7 +712,7 @@ COPIES = {
 
 def as_records(images, patient="1"):
     return [
-        data.Record(np.asarray(image.convert("L")), None, frozenset(), f"{patient}-{n}", "test")
+        data.Record(np.asarray(image.convert("L")), None, {}, f"{patient}-{n}", "test")
         for n, image in enumerate(images)
     ]
 
@@ -731,7 +732,7 @@ def test_other_patients_in_the_same_pose_are_no_copies():
 
 def test_an_image_of_one_grey_or_none_is_nobodys_copy(tmp_path):
     records = as_records([Image.new("L", (9, 9), grey) for grey in (0, 90, 255)])
-    missing = [data.Record(tmp_path / "a.png", None, frozenset(), "1", "test")] * 2
+    missing = [data.Record(tmp_path / "a.png", None, {}, "1", "test")] * 2
     assert data.near_copies(records, records) == data.near_copies(missing, missing) == []
 
 

@@ -21,7 +21,9 @@ def records_of(*labels, absent=None, findings="ABC", report="Report {}."):
     absent = absent or ["".join(set(findings) - set(each)) for each in labels]
     image = np.zeros((16, 16), np.uint8)
     return [
-        Record(image, report.format(i), frozenset(has), str(i), "test", frozenset(lacks), id=str(i))
+        Record(
+            image, report.format(i), dict.fromkeys(lacks, 0) | dict.fromkeys(has, 1), str(i), "test", str(i)
+        )
         for i, (has, lacks) in enumerate(zip(labels, absent, strict=True))
     ]
 
@@ -29,8 +31,7 @@ def records_of(*labels, absent=None, findings="ABC", report="Report {}."):
 def hand_made(images, labels, reports=None, rows=None, **more):
     """Encoded of records_of(*labels, **more) with these features of images and, by rows, of reports."""
     records, findings = records_of(*labels, **more), list(more.get("findings", "ABC"))
-    present = np.array([[name in record.findings for name in findings] for record in records])
-    absent = np.array([[name in record.absent for name in findings] for record in records])
+    present, absent = (np.array([[r.labels.get(f) == v for f in findings] for r in records]) for v in (1, 0))
     images = np.array(images, np.float32)
     reports = images if reports is None else np.array(reports, np.float32)
     rows = np.arange(len(reports)) if rows is None else np.array(rows)
@@ -278,13 +279,20 @@ def test_neither_what_is_unknown_nor_a_finding_without_a_positive_disturbs_the_r
     assert logistic_regression(x, present & torch.tensor([True, False]), absent, 0.1).isfinite().all()
 
 
-def test_other_splits_have_what_is_known_of_patients_that_are_not_evaluated():
+def test_a_probe_takes_what_is_known_of_patients_that_are_not_evaluated(on_records, monkeypatch, capsys):
     """The last record has no finding: it is known to lack A. Of the one before nothing is known."""
-    records = records_of("A", "B", "C", "", "", absent=["", "", "", "", "A"])
-    others = evaluate.of_other_patients(records, records[:1], "train")
-    assert [record.id for record in others] == ["1", "2", "4"]
-    with pytest.raises(BadInput, match="train"):
-        evaluate.of_other_patients(records[:1], records[:1], "train")
+    records, taken, encode = (
+        records_of("A", "B", "C", "", "", absent=["", "", "", "", "A"]),
+        [],
+        evaluate.encode,
+    )
+    monkeypatch.setattr(evaluate, "encode", lambda run, found: taken.append(found) or encode(run, found))
+    for train in (records, records[:1]):
+        splits = {"train": train, "valid": train, "test": records[:1]}
+        assert on_records(splits, "--task", "linear-probe") == 2  # in no validation image is A present
+    ids = [[(record.id, record.report) for record in found] for found in taken[1:3]]
+    assert ids == [[(id, None) for id in "124"]] * 2
+    assert "no labelled record of the train split is left" in capsys.readouterr().err
 
 
 def test_transfer_is_the_mean_over_the_training_draws_and_its_interval_draws_them():
@@ -396,7 +404,7 @@ BARE = [*([task] for task in evaluate.TASKS), ["all"], ["zero-shot", "retrieval"
 
 @pytest.mark.parametrize("flags", [*BARE, ["retrieval", "--sentences", "3"]], ids=" ".join)
 def test_tasks_without_their_data_are_refused(on_records, flags, capsys):
-    bare = [Record(np.zeros((8, 8), np.uint8), None, frozenset(), "1", "bare", id="1")]
+    bare = [Record(np.zeros((8, 8), np.uint8), None, {}, "1", "bare", id="1")]
     assert on_records(dict.fromkeys(data.SPLITS, bare), "--task", *flags) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 

@@ -240,15 +240,15 @@ def binary(count):
     """Records without reports of one finding, present in every third and known to be absent in the others."""
     image, found = np.zeros((16, 16), np.uint8), []
     for i in range(count):
-        states = [frozenset({"Pneumonia"}), frozenset()][:: -1 if i % 3 else 1]
-        found.append(data.Record(image + i, None, states[0], str(i), "made", states[1], id=str(i)))
+        labels = {"Pneumonia": int(i % 3 == 0)}
+        found.append(data.Record(image + i, None, labels, str(i), "made", id=str(i)))
     return found
 
 
 def test_images_of_which_a_finding_is_known_to_be_absent_teach_and_those_without_any_are_left_out(
     pretrain, phantoms, tmp_path, capsys
 ):
-    bare = [replace(record, absent=frozenset(), id=f"b{record.id}") for record in binary(24)]
+    bare = [replace(r, labels=dict.fromkeys(data.present(r), 1), id=f"b{r.id}") for r in binary(24)]
     phantoms([*binary(24), *bare])  # every third of the bare is found to be ill
     assert pretrain("--limit", 48) == 0
     assert "32 of 48 training images have something to learn from" in capsys.readouterr().out
@@ -259,8 +259,8 @@ def test_images_of_which_a_finding_is_known_to_be_absent_teach_and_those_without
 
 def prompt_loss(args):
     """The prompts' loss of four images, its features and pairs: A and B; B, not A; not A; unknown."""
-    sets = [("AB", ""), ("B", "A"), ("", "A"), ("", "")]  # present, absent
-    made = [data.Record(Path(), None, frozenset(a), "", "", frozenset(b)) for a, b in sets]
+    labels = [{"A": 1, "B": 1}, {"A": 0, "B": 1}, {"A": 0}, {}]
+    made = [data.Record(Path(), None, each, "", "") for each in labels]
     prompts = data.Tokens(*torch.ones(2, 2, 3, dtype=torch.long))
     torch.manual_seed(0)
     batch = data.Collate(made, ["A", "B"], prompts, None, 8)([(i, torch.zeros(1, 4, 4)) for i in range(4)])
@@ -284,7 +284,7 @@ def test_without_the_prompts_labels_no_absent_finding_enters_their_loss(options,
 
 
 def test_reports_teach_without_any_finding(pretrain, phantoms):
-    phantoms([replace(record, report=record.id, absent=frozenset()) for record in binary(24)[1::3]])
+    phantoms([replace(record, report=record.id, labels={}) for record in binary(24)[1::3]])
     assert pretrain() == 0
 
 
@@ -312,12 +312,11 @@ def test_every_batch_has_the_reports_and_the_labels_that_the_losses_want(
 def test_chosen_findings_are_learned_and_keep_what_the_others_say_of_them(options, phantoms):
     sets = ("No Finding", "Edema", "Fracture")
     image = np.zeros((16, 16), np.uint8)
-    phantoms([data.Record(image, "", frozenset({name}), name, "made", id=name) for name in sets])
+    phantoms([data.Record(image, "", {name: 1}, name, "made", id=name) for name in sets])
     args = options("--findings", "Edema", "No Finding")
-    normal, edema, fracture = records = train.load_splits(args)[0]
-    assert normal.findings == {"No Finding"} and normal.absent == {"Edema"}
-    assert edema.findings == {"Edema"} and edema.absent == {"No Finding"}
-    assert fracture.findings == frozenset() and fracture.absent == {"No Finding"}
+    records = train.load_splits(args)[0]
+    normal, edema = {"No Finding": 1, "Edema": 0}, {"No Finding": 0, "Edema": 1}
+    assert [record.labels for record in records] == [normal, edema, {"No Finding": 0}]
     assert train.new_run(args, records).findings == ["Edema", "No Finding"]
 
 
