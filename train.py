@@ -328,36 +328,61 @@ def resumed_args(parser, argv, folder):
 # --------------------------------------------------------------------------------------------------- model
 
 
+MAX_PIECE = 16  # characters of a piece of the vocabulary, the mark of a word's start among them
+
+
 def learn_tokenizer(texts, size=2000):
     """A lower-case word-piece vocabulary learned from texts -> tokenizers.Tokenizer.
 
     The library's own word-piece trainer breaks ties at random, so two runs would differ. Its byte-pair
     trainer does not: it learns the pieces here, and those that do not start a word get BERT's "##".
+
+    A checkpoint may be given away, so no report stands in it: a piece is one character, or it is at most 16
+    long and in two different texts. Some scripts put no blank into a whole report.
     """
+    options = {"lowercase": True, "strip_accents": False}  # Thai writes vowels as accents
     learned = Tokenizer(models.BPE())
-    learned.normalizer = normalizers.BertNormalizer(lowercase=True)
+    learned.normalizer = normalizers.BertNormalizer(**options)
     start_words = pre_tokenizers.Metaspace(prepend_scheme="always")  # with "▁"
     learned.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), start_words])
-    learned.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, show_progress=False))
+    longest = {"max_token_length": MAX_PIECE + 1}  # which the library itself no longer takes
+    learned.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, show_progress=False, **longest))
     vocabulary = learned.get_vocab()
+    normal = dict.fromkeys(learned.normalizer.normalize_str(text) for text in texts)
+    words = [" ".join(word for word, _ in learned.pre_tokenizer.pre_tokenize_str(text)) for text in normal]
     pieces = sorted(vocabulary.keys() - {"▁"}, key=vocabulary.get)
+    pieces = [p for p in pieces if len(p) == 1 or len(p) <= MAX_PIECE and in_two(p, words)]
     names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(piece for piece in pieces if len(piece) == 1)]
     names += [piece[1:] if piece.startswith("▁") else f"##{piece}" for piece in pieces]
-    return BertWordPieceTokenizer({name: i for i, name in enumerate(dict.fromkeys(names))}, lowercase=True)
+    tokenizer = BertWordPieceTokenizer({name: i for i, name in enumerate(dict.fromkeys(names))}, **options)
+    tokenizer._tokenizer.model.max_input_chars_per_word = 10**6  # longer words would be [UNK]
+    return tokenizer
+
+
+def in_two(piece, texts):
+    """Whether two of the texts have the piece; looks no further than the second."""
+    return sum(1 for _ in itertools.islice((1 for text in texts if piece in text), 2)) == 2
 
 
 def load_text_model(name):
     """A pre-trained BERT by hub name or folder -> (BertModel without pooling layer, tokenizer).
 
-    Refuses one that lacks weights, or whose tokenizer is another model's.
+    Refuses one that is no BERT or lacks weights, or whose tokenizer is another model's. Runs no code of its.
     """
     try:
+        if os.path.lexists(name) and not Path(name).is_dir():
+            raise ValueError("it is no folder")
         local = Path(name).is_dir() or isinstance(try_to_load_from_cache(name, "config.json"), str)
         if not local:
             HfApi().model_info(name, timeout=3)  # from_pretrained would try for a minute
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
-        options = {"add_pooling_layer": False, "attn_implementation": "sdpa", "local_files_only": local}
+        options = {"local_files_only": local, "trust_remote_code": False}
+        kind = transformers.PretrainedConfig.get_config_dict(name, **options)[0].get("model_type")
+        if kind != "bert":  # RoBERTa's weights have the same names, but its positions begin at 2
+            raise ValueError(f'its config.json says model_type {json.dumps(kind)}, and "bert" is needed')
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+        options |= {"add_pooling_layer": False, "attn_implementation": "sdpa"}
         bert, info = transformers.BertModel.from_pretrained(name, output_loading_info=True, **options)
+        bert.float()
         if info["missing_keys"]:
             raise ValueError(f"it lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}")
         if not evaluate.finite(bert):
@@ -575,19 +600,28 @@ def training_loader(run, records, steps):
 # ------------------------------------------------------------------------------------------------ the loop
 
 
-def new_run(args, records):
-    """An untrained model for these records, on its device -> Run."""
+def start_of(args):
+    """What a run starts from, read before the records are: a checkpoint, BERT and tokenizer, or None."""
+    if args.resume is not None:
+        return read_checkpoint(Path(args.resume, "last.pt"))
+    return load_text_model(args.text_model) if args.text_model != SMALL_BERT else None
+
+
+def new_run(args, records, text_model=None):
+    """An untrained model for these records, on its device -> Run.
+
+    text_model: a pre-trained BERT and its tokenizer; None makes a small one.
+    """
     findings = data.vocabulary(records)
     # Without label prompts nothing trains the vectors, and random ones would only disturb zero-shot.
     vectors = args.continuous_prompt and args.image_label and args.prompt_weight > 0 and findings
-    if args.text_model == SMALL_BERT:
+    if text_model is None:
         texts = [record.report for record in records if record.report is not None]
         texts += itertools.chain(*prompts.prompt_set(findings, "ensemble").values())
         if args.template not in prompts.TEMPLATES:
             texts += [prompts.label_prompt(finding, args.template) for finding in findings]
-        bert, tokenizer = small_text_model(args, texts)
-    else:
-        bert, tokenizer = load_text_model(args.text_model)
+        text_model = small_text_model(args, texts)
+    bert, tokenizer = text_model
     model = build_model(args, bert, args.prompt_length if vectors else 0)
     if args.image_weights:
         load_image_weights(model.image_encoder, args.image_weights)
@@ -620,10 +654,10 @@ class Progress:
     log_size: int = 0  # bytes of log.jsonl
 
 
-def begin(args, records):
-    """A new run, or with --resume the saved one -> Run, its optimizer, its Progress."""
-    state = read_checkpoint(Path(args.resume, "last.pt")) if args.resume is not None else None
-    run = evaluate.run_from_checkpoint(state, args.device) if state else new_run(args, records)
+def begin(args, records, start):
+    """A new run, or with --resume the saved one -> Run, its optimizer, its Progress. start: of start_of."""
+    state = start if args.resume is not None else None
+    run = evaluate.run_from_checkpoint(state, args.device) if state else new_run(args, records, start)
     groups = parameter_groups(run.model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=run.device.type != "mps")
     known = training_sha256(records)
@@ -797,9 +831,10 @@ def train(args):
 
 def train_in(args, device, log):
     """Trains in a folder that is this program's own, log: its log.jsonl -> exit status."""
+    start = start_of(args)
     records, valid = load_splits(args)
     records = training_records(args, records)
-    run, optimizer, progress = begin(args, records)
+    run, optimizer, progress = begin(args, records, start)
     refuse_other_work(args, progress.records)
     print_once(f"{len(valid):,} images to validate, {len(run.findings)} findings")
     run.model.train()

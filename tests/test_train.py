@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -388,6 +389,36 @@ def test_the_learned_vocabulary_is_the_same_every_time_and_gives_the_texts_back(
     assert ["".join(text.split()) for text in decoded] == ["".join(text.lower().split()) for text in TEXTS]
 
 
+SCRIPTS = {  # two words that reports share, and letters to make others of
+    "Latin": ("consolidation", "effusion", "abcdefghijklmnopqrstuvwxyz"),
+    "Thai": ("หัวใจโต", "ปอดปกติ", "กขคฆงจฉชซฌญฎฏฐดตถทธนบปผฝพฟภมยรลวศษสหอฮ"),
+    "Japanese": (
+        "はいにかげ",
+        "しんかくだい",
+        "あいうえおかきくけこさしすせそたちつてとなにぬねのはひふへほ",
+    ),
+    "Korean": ("심비대", "흉수", "가나다라마바사아자차카타파하거너더러머버서어저처"),
+}
+
+
+@pytest.mark.parametrize("blank", ["", " "])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_report_and_no_word_of_one_alone_stands_in_the_vocabulary(script, blank):
+    one, other, letters = SCRIPTS[script]
+    made = np.random.default_rng(0).choice(list(letters), (40, 12))
+    secrets = ["".join(row) for row in made]
+    texts = [blank.join([one, secret, other]) for secret in secrets]
+    learned = train.learn_tokenizer(texts * 3)  # three images of a study have one report
+    pieces = [piece.removeprefix("##") for piece in learned.get_vocab() if len(piece) > 1 and piece[0] != "["]
+    assert max(map(len, pieces)) <= 16
+    assert all(sum(piece in text for text in texts) > 1 for piece in pieces)
+    assert one in pieces or any(len(piece) > 2 and piece in one for piece in pieces)  # it still learns
+    tokenizer = train.wrap_tokenizer(learned.to_str())
+    assert tokenizer.unk_token_id not in tokenizer(texts[0] * 20)["input_ids"]  # nor is a long word one
+    decoded = tokenizer.decode(tokenizer(texts[0])["input_ids"], skip_special_tokens=True)
+    assert "".join(decoded.split()) == "".join(texts[0].split())
+
+
 def test_a_loaded_checkpoint_gives_the_same_tokens_and_features(pretrain, steps, tmp_path):
     pretrain()
     run, batch = steps[-1]
@@ -532,7 +563,7 @@ def test_senseless_numbers_unknown_templates_and_abbreviations_are_refused(flag,
 def text_model(tmp_path):
     """A folder with a BERT and its tokenizer, as save_pretrained leaves them."""
 
-    def save(positions=64, without="no such name", broken=False, names=None):
+    def save(positions=64, without="no such name", broken=False, names=None, kind="bert"):
         learned = train.BertWordPieceTokenizer(names) if names else train.learn_tokenizer(TEXTS)
         tokenizer = train.wrap_tokenizer(learned.to_str())
         sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
@@ -542,6 +573,8 @@ def text_model(tmp_path):
         kept = {name: value for name, value in bert.state_dict().items() if without not in name}
         bert.save_pretrained(tmp_path / "bert", state_dict=kept)
         tokenizer.save_pretrained(tmp_path / "bert")
+        config = tmp_path / "bert" / "config.json"
+        config.write_text(config.read_text().replace('"model_type": "bert"', f'"model_type": "{kind}"'))
         return tmp_path / "bert"
 
     return save
@@ -569,6 +602,41 @@ def test_a_frozen_text_model_stays_as_it_was_and_all_else_learns(pretrain, text_
     assert not model.text_encoder.bert.training and model.image_encoder.training
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_text_model_of_another_precision_trains_in_float32(pretrain, text_model, tmp_path, dtype):
+    folder = text_model()
+    BertModel.from_pretrained(folder).to(dtype).save_pretrained(folder)
+    assert pretrain("--text-model", folder, "--limit", 8) == 0
+    assert {value.dtype for value in weights(tmp_path / "run").values() if value.is_floating_point()} == {
+        torch.float32
+    }
+
+
+def test_no_code_of_a_text_model_is_run_whatever_is_answered(pretrain, text_model, tmp_path, monkeypatch):
+    folder, ran = text_model(kind="own"), tmp_path / "ran"
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: pass\n")
+    for file, code in (("config.json", {"AutoConfig": "own.Own"}), ("tokenizer_config.json", {})):
+        code["AutoTokenizer"] = ["own.Own", "own.Own"]
+        held = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(held | {"auto_map": code, "tokenizer_class": "Own"}))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    assert pretrain("--text-model", folder, "--limit", 8) == 2
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "pipe"])
+def test_a_text_model_that_is_no_folder_is_refused_unasked(pretrain, tmp_path, monkeypatch, capsys, kind):
+    path = tmp_path / "model"
+    path.touch() if kind == "file" else os.mkfifo(path)
+    monkeypatch.setattr(train.HfApi, "model_info", lambda *_, **__: pytest.fail("the hub is asked"))
+    assert pretrain("--text-model", path) == 2 and "it is no folder" in refusal(capsys)
+
+
+def test_what_is_wrong_with_a_text_model_is_said_before_records_are_read(pretrain, monkeypatch, capsys):
+    monkeypatch.setattr(data, "read_records", lambda *_: pytest.fail("records are read"))
+    assert pretrain("--text-model", "nobody/nothing") == 2 and "nobody/nothing" in refusal(capsys)
+
+
 def test_only_a_pretrained_text_model_can_be_frozen(pretrain, capsys):
     assert pretrain("--freeze-text") == 2 and "--text-model" in refusal(capsys)
 
@@ -579,6 +647,8 @@ def test_only_a_pretrained_text_model_can_be_frozen(pretrain, capsys):
         ({"names": BARE}, [], "its tokenizer, of 5 pieces"),
         ({"broken": True}, [], "not finite"),
         ({"without": "query.weight"}, [], "query.weight"),
+        ({"kind": "roberta"}, [], 'model_type "roberta"'),
+        ({"kind": "my-own"}, [], 'model_type "my-own"'),
         ({}, ["--max-length", 600], "--max-length 600"),
         ({}, ["--prompt-length", 60], "--prompt-length 60"),
     ],
