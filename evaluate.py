@@ -874,7 +874,8 @@ def encode(run, records):
     findings = data.vocabulary(records)
     images = data.Images(records, data.evaluation_transform(run.args.image_size))
     collate = data.Collate(records, findings, None, run.tokenizer, run.args.max_length)
-    loader = data.loader(images, run.args.workers, batch_size=run.batch_size, collate_fn=collate)
+    batch_bytes, options = run.batch_size * run.args.image_size**2, {"batch_size": run.batch_size}
+    loader = data.loader(images, run.args.workers, batch_bytes, collate_fn=collate, **options)
     pooled, image_features, report_features, report_rows = ([] for _ in range(4))
     for batch in progress(data.readable(loader), "images and reports", total=len(loader), unit="batch"):
         report_rows.append(batch.rows[batch.report_pairs.images])

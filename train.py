@@ -594,7 +594,9 @@ def training_loader(run, records, steps):
     collate = data.Collate(records, run.findings, label_prompts, run.tokenizer, args.max_length, pieces)
     options = {"sampler": steps, "pin_memory": run.device.type == "cuda"}
     batches = Batches(args, images, collate)  # an item is a whole batch
-    return data.loader(batches, args.workers, batch_size=None, **options)
+    # What all processes need, and once more, as validation reads images of its own beside these.
+    batch_bytes = 2 * args.batch_size * args.image_size**2
+    return data.loader(batches, args.workers, batch_bytes, batch_size=None, **options)
 
 
 # ------------------------------------------------------------------------------------------------ the loop

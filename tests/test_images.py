@@ -1,6 +1,8 @@
 """Images: every kind of file is read to its picture, or refused; images as tensors."""
 
 import os
+import re
+import resource
 import struct
 import zlib
 from types import SimpleNamespace
@@ -8,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import FORKS
 from PIL import Image
 
 import data
@@ -279,3 +282,46 @@ def test_missing_images_are_counted_and_the_first_is_named(tmp_path):
     with pytest.raises(BadInput, match="2 of the 5 images of own are missing, the first is .*/2.png; "):
         data.check_images(records, 8)
     data.check_images(records, 0)  # pack leaves them out
+
+
+# ----------------------------------------------------------------------------------------- loading processes
+
+
+def test_too_little_shared_memory_is_refused_before_loading_by_its_name_and_the_way_out(monkeypatch):
+    free = SimpleNamespace(free=64 * 2**20)  # as Docker gives
+    monkeypatch.setattr(data.shutil, "disk_usage", {"/dev/shm": free}.get)
+    data.loader([0], 4, 128 * 128**2)
+    data.loader([0], 0, 128 * 1024**2)
+    with pytest.raises(BadInput, match="/dev/shm has 67.1 MB free, and 4 .*--workers 0.*--shm-size"):
+        data.loader([0], 4, 128 * 1024**2)
+
+
+def bounded(soft, hard, workers):
+    """In a process with these bounds -> the soft one after a loader is made, or the sentence."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    try:
+        data.loader([0], workers, 1)
+    except BadInput as error:
+        return str(error)
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+@pytest.mark.parametrize(
+    ("workers", "outcome"), [(0, "64"), (1, "256"), (16, "at most 256 files .* fewer --workers, .*ulimit -n")]
+)
+def test_loading_processes_get_all_files_they_may_open_and_too_few_are_refused(workers, outcome):
+    with FORKS.Pool(1) as pool:
+        assert re.match(outcome, str(pool.apply(bounded, (64, 256, workers))))
+
+
+FULL = (OSError(24, "Too many open files"), RuntimeError("received 0 items of ancdata"))
+
+
+@pytest.mark.parametrize("error", FULL)
+def test_too_many_open_files_are_called_that(error):
+    def batches():
+        yield 0
+        raise error
+
+    with pytest.raises(BadInput, match="too many open files; take fewer --workers"):
+        list(data.readable(batches()))
