@@ -20,13 +20,10 @@ out all others but "Support Devices".
 
 import argparse
 import csv
-import errno
 import gzip
 import hashlib
 import os
 import re
-import resource
-import shutil
 import signal
 import sys
 import textwrap
@@ -285,8 +282,14 @@ def training_transform(size, horizontal_flip=False):
 
 def image_files(root, folders=None):
     """Yields the paths of all image files below root, or of those in the first so many folders."""
-    paths = (Path(folder, name) for folder, _, names in islice(os.walk(root), folders) for name in names)
-    return (path for path in paths if path.suffix.lower() in ENDINGS and path.name[0] != ".")  # ._ of macOS
+    seen = set()
+    for folder, below, names in islice(os.walk(root, followlinks=True), folders):
+        if (place := os.path.realpath(folder)) in seen:  # links are followed, and this one leads back
+            below.clear()
+            continue
+        seen.add(place)
+        paths = (Path(folder, name) for name in names if name[0] != ".")  # ._ of macOS
+        yield from (path for path in paths if path.suffix.lower() in ENDINGS)
 
 
 def check_images(records, image_size):
@@ -455,35 +458,8 @@ def ignore_signals(_worker):
         signal.signal(number, signal.SIG_IGN)
 
 
-def check_machine(workers, batch_bytes):
-    """Refuses more loading processes than shared memory and open files suffice for."""
-    ahead = 2 * workers  # batches that torch's DataLoader keeps ready; one more is being used, one is made
-    with suppress(OSError):  # Linux alone has the folder
-        needed = (ahead + 2) * (batch_bytes + 2**17)  # and labels and tokens, small, but whole pages each
-        free = shutil.disk_usage("/dev/shm").free
-        if free < needed:
-            raise BadInput(
-                f"/dev/shm has {free / 1e6:,.1f} MB free, and {workers} loading processes need about "
-                f"{needed / 1e6:,.1f}; take --workers 0, or enlarge it (docker run --shm-size=2g)"
-            )
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # macOS says "unlimited" and does not mean it
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    needed = 100 + 25 * ahead  # each tensor of a batch is an open file on its way
-    if batch_bytes and 0 <= hard < needed:
-        raise BadInput(
-            f"at most {hard:,} files may be open here, and {workers} loading processes need about "
-            f"{needed:,}; take fewer --workers, or raise the bound (ulimit -n {needed})"
-        )
-
-
-def loader(items, workers, batch_bytes=0, **options):
-    """DataLoader whose processes leave signals to the main one; a batch that takes too long is an error.
-
-    batch_bytes: of the images of a batch, which get from process to process through shared memory.
-    """
-    if workers:
-        check_machine(workers, batch_bytes)
+def loader(items, workers, **options):
+    """DataLoader whose processes leave signals to the main one; a batch that takes too long is an error."""
     options |= {"num_workers": workers, "worker_init_fn": ignore_signals}
     return torch.utils.data.DataLoader(items, timeout=PATIENCE if workers else 0, **options)
 
@@ -503,9 +479,6 @@ def readable(loader):
             raise BadInput(
                 f"reading images stopped: one batch took more than {PATIENCE} seconds; {way_out}"
             ) from error
-        if "ancdata" in str(error) or getattr(error, "errno", None) == errno.EMFILE:
-            way_out = "take fewer --workers, or raise the bound (ulimit -n)"
-            raise BadInput(f"reading images stopped: too many open files; {way_out}") from error
         # OSError, EOFError: a loading process ended while it handed a batch over.
         if isinstance(error, (OSError, EOFError)) or str(error).startswith("DataLoader"):
             way_out = "the memory or the disk may be the reason; try fewer --workers"
@@ -931,16 +904,21 @@ def read_table(path, columns=()):
                 yield where, dict(zip(header, cells, strict=True))
 
 
+def subfolders(folder):
+    """The folders right below one, links to folders included, by name; none where it cannot be read."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        return sorted(Path(entry) for entry in entries if entry.is_dir())
+    return []
+
+
 def folders(root, deep):
     """Yields root and the folders at most `deep` below it, nearest first; those of patients are left out."""
     level = [Path(root)]
-    for _ in range(deep + 1):
+    yield from level
+    for _ in range(deep):
+        level = [path for folder in level for path in subfolders(folder)]
+        level = [path for path in level if not re.fullmatch(r"p1\d|patient\d+", path.name)]
         yield from level
-        below = []
-        for folder in level:
-            with suppress(OSError), os.scandir(folder) as entries:
-                below += [Path(entry) for entry in entries if entry.is_dir()]  # also behind a link
-        level = sorted(path for path in below if not re.fullmatch(r"p1\d|patient\d+", path.name))
 
 
 def find(root, *patterns, deep=2):
@@ -1202,9 +1180,9 @@ def rsna_table(table):
     return [Record(Path(id), None, labels[target[id]], patient=id, id=id, **known) for id in sorted(target)]
 
 
-COVID_CLASSES = {  # folder -> finding
-    "COVID": "COVID-19", "Lung_Opacity": "Lung Opacity", "Normal": NO_FINDING,
-    "Viral Pneumonia": "Viral Pneumonia",
+COVID_CLASSES = {  # folder, of which case, blanks, _ and - do not count -> finding
+    "covid": "COVID-19", "covid19": "COVID-19", "lungopacity": "Lung Opacity", "normal": NO_FINDING,
+    "viralpneumonia": "Viral Pneumonia",
 }  # fmt: skip
 
 
@@ -1215,18 +1193,29 @@ def covid_radiography(root, split):
 
 def covid_folders(root):
     """Records of all class folders that are there, each in the order of the numbers of its images."""
-    below = {path.name.lower(): path for path in (*Path(root).glob("*/*/"), *Path(root).glob("*/"))}
-    folders = {name: below[name.lower()] for name in COVID_CLASSES if name.lower() in below}
-    there = f"{root} has {' and '.join(folders) or 'none'} of the class folders {', '.join(COVID_CLASSES)}"
-    if len(folders) < 2:
+    place = {}  # {finding: folder}
+    for path in islice(folders(root, 2), 1, None):
+        finding = COVID_CLASSES.get(re.sub("[ _-]", "", path.name.lower()))
+        if finding and place.setdefault(finding, path) != path:
+            raise BadInput(
+                f"{root} has the class {finding} in {place[finding]} and in {path}; name the folder of one "
+                "set; it has no folders of splits"
+            )
+    called = " and ".join(path.name for path in place.values()) or "none"
+    there = (
+        f"{root} has {called} of the class folders COVID or COVID-19, Lung_Opacity, Normal, Viral Pneumonia"
+    )
+    if len(place) < 2:
         raise BadInput(f"{there}; covid-radiography needs at least two")
-    if len(folders) < len(COVID_CLASSES):
+    names = dict.fromkeys(COVID_CLASSES.values())
+    if len(place) < len(names):
         note(f"{there}; these are used")
     records = []
-    for name, folder in folders.items():
+    for finding in filter(place.get, names):
+        folder = place[finding]
         images = images_under(folder / "images" if (folder / "images").is_dir() else folder)
         # Any of them may show an opacity or a viral pneumonia. All we know: the other three show no COVID-19.
-        labels = {"COVID-19": 0} | {COVID_CLASSES[name]: 1}
+        labels = {"COVID-19": 0} | {finding: 1}
         known = {"source": "covid-radiography", "view": "FRONTAL"}
         for id in sorted(images, key=lambda id: (len(id), id)):
             records.append(Record(images[id], None, labels, patient=id, id=id, **known))

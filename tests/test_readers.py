@@ -435,10 +435,38 @@ def test_covid_radiography_folders_may_differ_in_case(images, tmp_path):
 
 def test_covid_radiography_may_have_two_of_its_folders(tmp_path, capsys):
     spec = f"covid-radiography={layouts.covid_radiography(tmp_path, ('COVID',))}"
-    assert "has COVID of the class folders COVID, Lung_Opacity, Normal" in refused(spec)
+    assert "has COVID of the class folders COVID or COVID-19, Lung_Opacity, Normal" in refused(spec)
     layouts.covid_radiography(tmp_path, ("COVID", "Normal"))
     assert classes(everything(spec)) == {"COVID-19": 3, "No Finding": 3}
     assert "has COVID and Normal of the class folders" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["COVID-19", "Covid-19", "covid_19", "COVID"])
+def test_covid_radiography_knows_the_names_of_its_versions(name, tmp_path):
+    spec = f"covid-radiography={layouts.covid_radiography(tmp_path, (name, 'NORMAL'))}"
+    assert classes(everything(spec)) == {"COVID-19": 3, "No Finding": 3}
+
+
+@pytest.mark.parametrize(
+    "copies", [("train/COVID", "val/COVID"), ("COVID", "COVID-19"), ("COVID", "old/covid")]
+)
+def test_a_covid_class_that_is_met_twice_is_refused(copies, tmp_path):
+    for folder in ("Normal", *copies):
+        layouts.draw(tmp_path / folder / "1.png")
+    said = refused(f"covid-radiography={tmp_path}")
+    assert "has the class COVID-19 in " in said and all(str(tmp_path / folder) in said for folder in copies)
+
+
+def test_class_folders_and_folders_of_images_behind_links_are_found_and_no_loop_is_endless(tmp_path):
+    layouts.covid_radiography(tmp_path / "disk")
+    (published,) = (tmp_path / "disk").iterdir()
+    for name in ("COVID", "Normal"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "images").symlink_to(published / name / "images")
+        (published / name / "images" / "back").symlink_to(published / name / "images")
+    (tmp_path / "data" / "Viral Pneumonia").symlink_to(published / "Viral Pneumonia")
+    found = classes(everything(f"covid-radiography={tmp_path / 'data'}"))
+    assert found == {"COVID-19": 3, "No Finding": 3, "Viral Pneumonia": 3}
 
 
 # ---------------------------------------------------------------------------------------------- make_table.py
