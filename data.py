@@ -20,10 +20,13 @@ out all others but "Support Devices".
 
 import argparse
 import csv
+import errno
 import gzip
 import hashlib
 import os
 import re
+import resource
+import shutil
 import signal
 import sys
 import textwrap
@@ -458,8 +461,35 @@ def ignore_signals(_worker):
         signal.signal(number, signal.SIG_IGN)
 
 
-def loader(items, workers, **options):
-    """DataLoader whose processes leave signals to the main one; a batch that takes too long is an error."""
+def check_machine(workers, batch_bytes):
+    """Refuses more loading processes than shared memory and open files suffice for."""
+    ahead = 2 * workers  # batches that torch's DataLoader keeps ready; one more is being used, one is made
+    with suppress(OSError):  # Linux alone has the folder
+        needed = (ahead + 2) * (batch_bytes + 2**17)  # and labels and tokens, small, but whole pages each
+        free = shutil.disk_usage("/dev/shm").free
+        if free < needed:
+            raise BadInput(
+                f"/dev/shm has {free / 1e6:,.1f} MB free, and {workers} loading processes need about "
+                f"{needed / 1e6:,.1f}; take --workers 0, or enlarge it (docker run --shm-size=2g)"
+            )
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS says "unlimited" and does not mean it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    needed = 100 + 25 * ahead  # each tensor of a batch is an open file on its way
+    if batch_bytes and 0 <= hard < needed:
+        raise BadInput(
+            f"at most {hard:,} files may be open here, and {workers} loading processes need about "
+            f"{needed:,}; take fewer --workers, or raise the bound (ulimit -n {needed})"
+        )
+
+
+def loader(items, workers, batch_bytes=0, **options):
+    """DataLoader whose processes leave signals to the main one; a batch that takes too long is an error.
+
+    batch_bytes: of the images of a batch, which get from process to process through shared memory.
+    """
+    if workers:
+        check_machine(workers, batch_bytes)
     options |= {"num_workers": workers, "worker_init_fn": ignore_signals}
     return torch.utils.data.DataLoader(items, timeout=PATIENCE if workers else 0, **options)
 
@@ -479,6 +509,9 @@ def readable(loader):
             raise BadInput(
                 f"reading images stopped: one batch took more than {PATIENCE} seconds; {way_out}"
             ) from error
+        if "ancdata" in str(error) or getattr(error, "errno", None) == errno.EMFILE:
+            way_out = "take fewer --workers, or raise the bound (ulimit -n)"
+            raise BadInput(f"reading images stopped: too many open files; {way_out}") from error
         # OSError, EOFError: a loading process ended while it handed a batch over.
         if isinstance(error, (OSError, EOFError)) or str(error).startswith("DataLoader"):
             way_out = "the memory or the disk may be the reason; try fewer --workers"
