@@ -18,16 +18,20 @@ image is no negative for the prompt of a finding that is unknown. "No Finding" i
 out all others but "Support Devices".
 """
 
+import os
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # see train.py
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import csv
 import errno
 import gzip
 import hashlib
-import os
 import re
 import resource
 import shutil
-import signal
 import sys
 import textwrap
 import zipfile
@@ -879,10 +883,15 @@ def reading(path, place=""):
         raise BadInput(f"{path}{at.place} is cut short or damaged ({what}); get it again") from error
 
 
+def refuse_no_file(path):
+    """Refuses what is there and is no file: a pipe would be waited for, a device be written over."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise BadInput(f"{path} is a folder, a pipe or a device; a file is needed")
+
+
 def open_file(path):
     """A file, plain or as .gz or .zip, to read its bytes."""
-    if path.exists() and not path.is_file():
-        raise BadInput(f"{path} is a folder, a pipe or a device; a file is needed")
+    refuse_no_file(path)
     if path.suffix == ".zip":
         archive = zipfile.ZipFile(path)
         return archive.open(archive.namelist()[0])
@@ -1414,6 +1423,7 @@ def replacing(path, mode="x"):
     A crash or a full disk leaves the old file or the new one; a link is replaced, not followed.
     """
     temporary, text = Path(f"{path}.tmp"), {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    refuse_no_file(path)
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)
@@ -1422,10 +1432,13 @@ def replacing(path, mode="x"):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save's own error does not say that the disk is full
+    except (OSError, RuntimeError) as error:
         with suppress(OSError):
             temporary.unlink()
-        raise BadInput(f"{path} cannot be written; is the disk full? ({error})") from error
+        # torch.save's own error, a RuntimeError, does not say that the disk is full.
+        full = getattr(error, "errno", None) in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        why = "is the disk full?" if full else "may its folder be written, and does no other program do it?"
+        raise BadInput(f"{path} cannot be written; {why} ({error})") from error
 
 
 def read_ids(path):
@@ -1774,10 +1787,41 @@ def build_parser():
     return p
 
 
+def text(given):
+    """A type for argparse: text that can be written as UTF-8. What a shell hands over need not be."""
+    given.encode()
+    return given
+
+
+def interrupt(*_):
+    """Answers Ctrl-C: the first one ends the work, a second does not even wait for that end."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def interruptible():
+    """While it lasts, Ctrl-C is answered by `interrupt`, if it is not ignored and this is the main thread."""
+    before = signal.getsignal(signal.SIGINT)
+    with suppress(ValueError):
+        signal.signal(signal.SIGINT, before if before is signal.SIG_IGN else interrupt)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):
+            signal.signal(signal.SIGINT, before)
+
+
 def run_program(name, work, stopped):
     """Runs work() -> its exit status; 2, after one sentence, for what a user can mend; 130 at Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # of a notebook
+            stream.reconfigure(errors="backslashreplace")  # a name, or a terminal, need not be UTF-8
     try:
-        return work() or 0
+        with interruptible():
+            return work() or 0
+    except UnicodeEncodeError:
+        said = "a name of a file, or a text, is not UTF-8, and is needed as text; rename it"
     except (BadInput, OSError) as error:  # OSError: a full disk, a folder that cannot be written
         said = error
     except (RuntimeError, MemoryError) as error:  # torch's, for a lost process and for want of memory

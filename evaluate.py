@@ -11,12 +11,17 @@ Similarity is the cosine of unit-length features. The score of an image does not
 Results go to RUN/results.json, one entry for each task, data set and prompt set; they contain no report.
 """
 
+import os
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # see train.py
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import contextlib
 import functools
 import inspect
 import json
-import os
 import re
 import subprocess
 import sys
@@ -229,6 +234,7 @@ def read_prompts(source, findings):
     if source in (*prompts.TEMPLATES, "ensemble") or "{}" in source:
         return tuple(prompts.prompt_set(findings, source, by) for by in (prompts.wordings, prompts.negations))
     sides = {"positive": {}, "negative": {}}
+    data.refuse_no_file(source)
     try:
         for name, each in json.loads(Path(source).read_text(encoding="utf-8")).items():
             for side, texts in (each if isinstance(each, dict) else {"positive": each}).items():
@@ -780,6 +786,7 @@ def refusing(path):
 
 def read_checkpoint(path):
     """RUN/best.pt or RUN/last.pt -> dict of tensors and plain data, see save_checkpoint, and its "path"."""
+    data.refuse_no_file(path)
     with refusing(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["kind"] != "umcl":
@@ -981,6 +988,7 @@ def gallery(encoded, path, rows=4, columns=3, side=224):
 
 def read_results(path):
     """A file of results -> dict, empty where there is none."""
+    data.refuse_no_file(path)
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else {}
         if not all("metrics" in entry for entry in entries.values()):
@@ -1047,13 +1055,13 @@ def build_parser():
     p.add_argument("--split", choices=[*data.SPLITS, "all"], default="test")
     p.add_argument("--limit", type=positive, help="only the first N records of each data set")
     p.add_argument("--ids", metavar="FILE", help="exactly the images of this list of `data.py protocol`")
-    p.add_argument("--classes", nargs="+", metavar="NAME",
+    p.add_argument("--classes", nargs="+", metavar="NAME", type=data.text,
                    help='findings to tell apart by prompts, such as COVID-19 "No Finding"; default those of '
                         "--findings in training, or all of the data")
     s = p.add_mutually_exclusive_group()
     s.add_argument("--prompt-set", choices=[*prompts.TEMPLATES, "ensemble"],
                    help="zero-shot prompts; default the trained template; ensemble: every wording in each")
-    s.add_argument("--prompts", dest="prompt_set", metavar="FILE.json",
+    s.add_argument("--prompts", type=data.text, dest="prompt_set", metavar="FILE.json",
                    help="or your own, {finding: [text, ...]}; see evaluate.py::read_prompts")
     p.add_argument("--combine", choices=COMBINE, default="mean-embedding", help="several prompts of a class")
     p.add_argument("--sentences", type=positive, metavar="K",

@@ -10,6 +10,13 @@
 A run leaves RUN/log.jsonl (one JSON object a line), RUN/last.pt, RUN/best.pt and RUN/config.json.
 """
 
+import os
+import signal
+
+# Answers Ctrl-C while the imports below take their seconds, and when all is done.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import contextlib
 import fcntl
@@ -18,9 +25,7 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import re
-import signal
 import sys
 import time
 import zlib
@@ -214,7 +219,8 @@ def build_parser():
         help="images to keep, where their data set says the view; default the frontal ones")
     add("--uncertain", choices=data.UNCERTAIN, default="ignore",
         help="what a labeler's -1 becomes: unknown, 0, 1, or each of the two by finding")
-    add("--findings", nargs="+", metavar="NAME", help="labels to learn from; the mask sees no others either")
+    add("--findings", nargs="+", type=data.text, metavar="NAME",
+        help="labels to learn from; the mask sees no others either")
     add("--hold-out", nargs="+", default=[], metavar="FILE",
         help="lists of `data.py protocol`; their images' patients and near copies are kept out")
     add("--hold-out-data", nargs="+", default=[], metavar="NAME=ROOT",
@@ -227,7 +233,7 @@ def build_parser():
     add = p.add_argument_group("ablations").add_argument
     add("--continuous-prompt", action=on_off, default=True, help="off: the template alone")
     add("--prompt-length", type=natural, default=32, help="vectors; the paper has 16 and 64 as worse")
-    add("--template", default="caption",
+    add("--template", type=data.text, default="caption",
         help=f"around the finding: {', '.join(prompts.TEMPLATES)}, or a text of yours with {{}}")
     add("--objective", choices=("mask", "repeated", "clip", "unicl", "multi-positive", "soft"),
         default="mask", help="mask: same-label pairs are no negatives; repeated: and equal texts count as "
@@ -410,6 +416,7 @@ def small_text_model(args, texts):
 def load_image_weights(swin, file):
     """Puts pre-trained Swin weights from a .pt, .pth or .safetensors file into a SwinTransformer."""
     try:
+        data.refuse_no_file(file)
         safetensors = file.endswith(".safetensors")
         weights = load_file(file) if safetensors else torch.load(file, map_location="cpu", weights_only=True)
         for key in ("model", "state_dict"):  # Microsoft's files, and others, wrap the weights
@@ -438,9 +445,24 @@ def print_once(sentence):
         print(sentence, flush=True)
 
 
+def number_of_processes():
+    """What torchrun tells each process in the environment, looked through -> int; 1 without it."""
+    told = {name: os.environ.get(name) for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")}
+    if told["WORLD_SIZE"] in (None, "", "1"):
+        return 1
+    try:
+        world, port = int(told["WORLD_SIZE"]), int(told["MASTER_PORT"] or "")
+        if int(told["RANK"] or "") in range(world) and port in range(1, 2**16) and told["MASTER_ADDR"]:
+            return world
+    except ValueError:
+        pass
+    said = ", ".join(f"{name}={value!a}" for name, value in told.items())
+    raise BadInput(f"{said}: torchrun sets these for several processes; unset WORLD_SIZE to train in one")
+
+
 def join_processes(device):
     """Under torchrun: the process group. With GPUs, too, tensors on the CPU go over gloo."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if number_of_processes() > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -682,7 +704,7 @@ def signals_noted():
 
     def note(number, _frame):
         noted.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, data.interrupt)
 
     before = {n: signal.signal(n, note) for n in STOP_SIGNALS if signal.getsignal(n) is not signal.SIG_IGN}
     try:
@@ -718,6 +740,7 @@ def locked_log(args):
     out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        data.refuse_no_file(out / "log.jsonl")
         log = open(out / "log.jsonl", "a", encoding="utf-8")
     except OSError as error:
         raise BadInput(f"the run cannot be written into {out} ({error}); give another --out") from error
@@ -752,7 +775,8 @@ class Recorder:
         log.truncate(min(progress.log_size, log.seek(0, os.SEEK_END)))  # what came after the last save
         log.seek(0, os.SEEK_END)
         config = {**vars(run.args), "processes": processes(), "torch": torch.__version__}
-        (self.out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        with data.replacing(self.out / "config.json") as file:
+            file.write(json.dumps(config, indent=1) + "\n")
         self.bar = tqdm(total=steps, initial=progress.step, unit="step", mininterval=1)
         self.started = time.time() - progress.seconds
         if progress.step == 0:

@@ -14,7 +14,7 @@ from functools import partialmethod
 import numpy as np
 import pytest
 import torch
-from conftest import FORKS, TINY, log
+from conftest import FORKS, TINY, log, refusal
 from torch.nn.parallel import DistributedDataParallel
 
 import data
@@ -286,6 +286,42 @@ def test_other_work_in_one_process_ends_all_before_the_first_step(flags, tmp_pat
     for rank in range(2):
         assert "differ in --findings, --epochs, --lr, the records" in (tmp_path / f"out.{rank}").read_text()
     assert not (tmp_path / "run").exists()
+
+
+TORCHRUN = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"WORLD_SIZE": "two"},
+        {"WORLD_SIZE": "0"},
+        {"WORLD_SIZE": "-2"},
+        {"WORLD_SIZE": "2.5"},
+        {"RANK": "5"},
+        {"RANK": "2"},
+        {"RANK": "-1"},
+        {"RANK": None},
+        {"RANK": "x"},
+        {"MASTER_ADDR": None},
+        {"MASTER_PORT": None},
+        {"MASTER_PORT": "99999"},
+        {"RANK": None, "MASTER_ADDR": None, "MASTER_PORT": None},
+    ],
+)
+def test_an_environment_that_torchrun_does_not_leave_is_refused_at_once(monkeypatch, capsys, tmp_path, wrong):
+    for name, value in (TORCHRUN | wrong).items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    assert train.main([*TINY, "--out", str(tmp_path / "run")]) == 2
+    name, value = next(iter(wrong.items()))
+    assert f"{name}={value!r}" in refusal(capsys) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("world", [None, "", "1"])
+def test_one_process_needs_nothing_of_torchrun(monkeypatch, world):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", world) if world is not None else monkeypatch.delenv("WORLD_SIZE", False)
+    assert train.number_of_processes() == 1
 
 
 def test_an_epoch_sees_no_record_twice_and_another_order_each_time(options):

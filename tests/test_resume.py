@@ -1,14 +1,18 @@
 """A run that was stopped, or broke, ends where the unbroken one does, and its files survive."""
 
+import errno
+import io
 import multiprocessing
 import os
 import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -277,6 +281,61 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(run, before_step, tmp_path):
     assert state(tmp_path / "run")["progress"]["step"] == 0
 
 
+@pytest.mark.parametrize("script", ["data.py", "evaluate.py", "train.py"])
+def test_ctrl_c_while_a_program_imports_is_answered_without_a_traceback(script):
+    root = Path(train.__file__).parent
+    command = [sys.executable, "-X", "importtime", root / script, "--help"]
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **streams) as process:
+        for line in process.stderr:
+            if "argparse" in line:  # all that takes long comes after it
+                process.send_signal(signal.SIGINT)
+                break
+        assert "Traceback" not in process.stderr.read()
+    assert process.returncode == 130
+
+
+def interrupted_twice():
+    def work():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(100)
+
+    data.run_program("train.py", work, "")
+
+
+def test_a_second_ctrl_c_ends_a_program_that_is_ending_at_once():
+    process = FORKS.Process(target=interrupted_twice)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 130
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.default_int_handler])
+def test_a_program_leaves_the_answer_to_ctrl_c_as_it_was_and_ignores_what_was_ignored(handler):
+    before = signal.signal(signal.SIGINT, handler)
+    status = data.run_program("train.py", lambda: signal.raise_signal(signal.SIGINT), "")
+    assert signal.signal(signal.SIGINT, before) == handler
+    assert status == (0 if handler == signal.SIG_IGN else 130)
+
+
+def test_what_a_terminal_cannot_show_is_shown_in_another_way(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert data.run_program("train.py", lambda: print("0.9 ± 0.1 of \udcff"), "") == 0
+    stream.flush()
+    assert stream.buffer.getvalue() == b"0.9 \\xb1 0.1 of \\udcff\n"
+
+
+@pytest.mark.parametrize("flag", ["--template={}\udcff", "--findings=\udcff"])
+def test_texts_that_are_not_utf8_are_refused(flag, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train.parse_args([flag])
+    assert flag.partition("=")[0] in capsys.readouterr().err
+
+
 @pytest.fixture
 def file_size():
     """Sets the size in bytes that no file of this process may exceed, as on a disk that is full."""
@@ -298,6 +357,70 @@ def test_a_full_disk_ends_with_one_sentence_and_the_checkpoint_before(
     assert {path.name for path in folder.iterdir()} == set("best.pt config.json last.pt log.jsonl".split())
     file_size()
     assert resume(folder) == run("whole") == 0 and same(folder, tmp_path / "whole")
+
+
+def pipe(path):
+    path.parent.mkdir(exist_ok=True, parents=True)
+    os.mkfifo(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "--out",
+        "log.jsonl",
+        "config.json",
+        "last.pt",
+        "--image-weights",
+        "--checkpoint",
+        "--prompts",
+        "results",
+    ],
+)
+def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(run, tiny_run, tmp_path, capsys, place):
+    path, folder = tmp_path / "pipe.json", tmp_path / "run"
+    if place in ("--checkpoint", "--prompts", "results"):
+        pipe(path)
+        flags = {"--checkpoint": path} if place == "--checkpoint" else {"--checkpoint": tiny_run}
+        flags |= {"results": {"--out": path}, "--prompts": {"--prompts": path}}.get(place, {})
+        words = [str(word) for pair in flags.items() for word in pair]
+        assert evaluate.main([*words, "--task", "zero-shot", "--limit", "20"]) == 2
+    elif place == "--image-weights":
+        assert run("run", place, pipe(path)) == 2
+    else:
+        pipe(folder if place == "--out" else folder / place)
+        assert (resume(folder) if place == "last.pt" else run("run")) == 2
+    assert ("cannot be written" if place == "--out" else "a pipe or a device") in refusal(capsys)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "is the disk full?"),
+        (OSError(errno.EDQUOT, "Quota exceeded"), "is the disk full?"),
+        (RuntimeError("PytorchStreamWriter failed"), "is the disk full?"),
+        (PermissionError(errno.EACCES, "Permission denied"), "may its folder be written"),
+        (OSError(errno.EROFS, "Read-only file system"), "may its folder be written"),
+        ("its temporary file goes", "may its folder be written"),
+        ("a folder has its name", "is a folder, a pipe or a device"),
+        ("a folder has its temporary name", "may its folder be written"),
+    ],
+)
+def test_what_cannot_be_written_says_why_and_leaves_nothing_behind(tmp_path, fault, said):
+    path, temporary = tmp_path / "file", tmp_path / "file.tmp"
+    if fault == "a folder has its name":
+        path.mkdir()
+    elif fault == "a folder has its temporary name":
+        temporary.mkdir()
+    with pytest.raises(data.BadInput) as refused, data.replacing(path) as file:
+        file.write("half")
+        if fault == "its temporary file goes":
+            temporary.unlink()
+        elif isinstance(fault, Exception):
+            raise fault
+    assert said in str(refused.value) and str(path) in str(refused.value)
+    assert not path.is_file() and not temporary.is_file()
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(run, before_step, tmp_path, capsys):
