@@ -191,13 +191,17 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 PHOTOMETRIC, WHITE_IS_ZERO, SAMPLE_FORMAT = 262, 0, 339  # tags of TIFF
 
 
-def read_image(image, about=None):
-    """The image of a Record -> Pillow image of mode "L", upright.
+COLOURED = 12  # of 255: mean difference of the brightest and the darkest channel; tinted films have less
+MODES = {1: "L", 3: "RGB"}  # Pillow's name for so many channels
+
+
+def read_image(image, channels=1, about=None):
+    """The image of a Record -> Pillow image of mode "L", or of mode "RGB" for 3 channels, upright.
 
     about: pixels a side that are enough; a JPEG is then read at some size above, which is faster.
     """
     if isinstance(image, np.ndarray):
-        return Image.fromarray(image)
+        return Image.fromarray(image).convert(MODES[channels])
     name = str(image).replace("\0", "\\0")
     try:
         if os.path.exists(image) and not os.path.isfile(image):
@@ -205,22 +209,22 @@ def read_image(image, about=None):
         # Of a path Pillow maps the file into memory, and scrambles a TIFF that has to be turned.
         with open(image, "rb") as opened, Image.open(opened, formats=("PNG", "JPEG", "TIFF", "BMP")) as file:
             if about:
-                file.draft("L", (about, about))
-            return grey(file)
+                file.draft(MODES[channels], (about, about))
+            return upright(file, channels)
     except Exception as error:  # Pillow raises many kinds of errors for damaged files
         why = getattr(error, "strerror", None) or re.sub(r" <_io\.\w+ .*>", "", str(error))
         raise BadInput(f"the image {name} cannot be read ({' '.join(why.split())})") from error
 
 
-def grey(image):
-    """Any Pillow image -> one of mode "L", upright; a BadInput where its greys cannot be told."""
+def upright(image, channels=1):
+    """Any Pillow image -> what read_image gives; a BadInput where its greys or colours cannot be told."""
     unclear = what_is_unclear(image)
     if unclear:
         raise BadInput(unclear)
-    upright, tags = ImageOps.exif_transpose(image), getattr(image, "tag_v2", {})
+    turned, tags = ImageOps.exif_transpose(image), getattr(image, "tag_v2", {})
     if not image.mode.startswith("I"):
-        return upright.convert("L")
-    values = np.asarray(upright)  # 10 to 32 bits, which Pillow would clip at 255
+        return turned.convert(MODES[channels])
+    values = np.asarray(turned)  # greys of 10 to 32 bits, which Pillow would clip at 255
     if values.dtype == np.int32 and tags.get(SAMPLE_FORMAT) == (1,):
         values = values.view(np.uint32)
     # A few bright pixels, or dead ones, must not set the exposure. Hounsfield units are negative.
@@ -229,7 +233,7 @@ def grey(image):
     black = min(0, low)
     values = ((values.astype(np.float32) - black) * (255 / max(255, high - black))).clip(0, 255)
     values = 255 - values if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else values
-    return Image.fromarray(values.round().astype(np.uint8))
+    return Image.fromarray(values.round().astype(np.uint8)).convert(MODES[channels])
 
 
 def what_is_unclear(image):
@@ -252,18 +256,24 @@ def what_is_unclear(image):
 
 
 def pad_to_square(image):
-    """Pillow image -> (1, S, S) uint8 tensor, black on both sides of the shorter dimension."""
+    """Pillow image -> (channels, S, S) uint8 tensor, black on both sides of the shorter dimension."""
     side = min(max(image.size), SIDE)  # a long strip would fill the memory
-    return torch.from_numpy(np.array(ImageOps.pad(image, (side, side))))[None]
+    pixels = torch.from_numpy(np.array(ImageOps.pad(image, (side, side))))
+    return pixels.view(side, side, -1).permute(2, 0, 1).contiguous()
+
+
+def to_pillow(pixels):
+    """(channels, H, W) uint8 tensor -> Pillow image."""
+    return Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy())
 
 
 def normalise(images):
-    """(B, 1, S, S) uint8 -> float with a mean of about 0 and a deviation of about 1, for the image tower."""
+    """(B, channels, S, S) uint8 -> float with a mean of about 0 and a deviation of about 1, for the tower."""
     return (images.float() / 255 - MEAN) / STD
 
 
 def evaluation_transform(size):
-    """Pillow image -> (1, size, size) uint8 tensor."""
+    """Pillow image -> (channels, size, size) uint8 tensor."""
     from torchvision.transforms import v2  # seconds to import, which --help and summary need not wait for
 
     return v2.Compose([pad_to_square, v2.Resize((size, size), antialias=True)])
@@ -299,10 +309,11 @@ def image_files(root, folders=None):
         yield from (path for path in paths if path.suffix.lower() in ENDINGS)
 
 
-def check_images(records, image_size):
+def check_images(records, image_size, channels=1):
     """Refuses a data set of which images are missing; notes what is odd about its first ones.
 
     image_size: pixels a side of the model's images; 0 takes a data set with missing images, as pack does.
+    channels: of the model, or of the pack.
     """
     for source in dict.fromkeys(record.source for record in records):
         paths = [r.image for r in records if r.source == source and isinstance(r.image, Path)]
@@ -321,30 +332,33 @@ def check_images(records, image_size):
             )
         for path in paths[:3]:
             with suppress(BadInput):
-                note_oddities(path, read_image(path), image_size)
+                note_oddities(path, read_image(path, 3), image_size, channels)
 
 
-def note_oddities(path, image, image_size):
-    """Notes an image that is smaller than the model's, or that shows next to nothing."""
+def note_oddities(path, image, image_size, channels):
+    """Notes an image in RGB that is smaller than the model's, loses its colours, or shows next to nothing."""
     if max(image.size) < image_size:
         note(f"{path} has {max(image.size)} pixels a side, the model takes {image_size} and will blur it")
-    greys = np.flatnonzero(np.array(image.histogram()) > image.width * image.height / 1000)
+    if channels == 1 and np.ptp(image.resize((64, 64)), axis=2).mean() > COLOURED:
+        note(f"{path} is in colour and is read as grey; --channels 3 keeps colours")
+    greys = np.flatnonzero(np.array(image.convert("L").histogram()) > image.width * image.height / 1000)
     if greys[-1] - greys[0] < 256 / 10:
         note(f"{path} has greys from {greys[0]} to {greys[-1]} of 255: next to nothing can be seen on it")
 
 
 class Images(torch.utils.data.Dataset):
-    """Records as (place in the list, (1, S, S) uint8 tensor); an unreadable image is a BadInput."""
+    """Records as (place in the list, (channels, S, S) uint8 tensor); an unreadable image is a BadInput."""
 
-    def __init__(self, records, transform):
+    def __init__(self, records, transform, channels=1):
         self.records = records
         self.transform = transform
+        self.channels = channels
 
     def __len__(self):
         return len(self.records)
 
     def __getitem__(self, i):
-        return i, self.transform(read_image(self.records[i].image))
+        return i, self.transform(read_image(self.records[i].image, self.channels))
 
 
 # ------------------------------------------------------------------------------------------------- batches
@@ -369,7 +383,7 @@ class Batch(NamedTuple):
     """The input of one training step: B images, R reports, P distinct label prompts, their pairs."""
 
     rows: torch.Tensor  # (B,) int64, the places of these records in their list
-    images: torch.Tensor  # (B, 1, S, S) uint8, a quarter of a float's bytes on the way to the device
+    images: torch.Tensor  # (B, channels, S, S) uint8, a quarter of a float's bytes on the way to the device
     image_ids: torch.Tensor  # (B,) int64, alike where two records have the same image
     present: torch.Tensor  # (B, C) bool
     absent: torch.Tensor  # (B, C) bool
@@ -1450,7 +1464,7 @@ def read_ids(path):
 
 # ---------------------------------------------------------------------------------------------------- pack
 #
-# A pack is a folder that holds images/, grey PNG files; table.csv in the form that `csv_table` reads; and
+# A pack is a folder that holds images/, PNG files; table.csv in the form that `csv_table` reads; and
 # bad.txt, a line for each image that could not be read and is not in the table.
 
 
@@ -1467,8 +1481,8 @@ def in_processes(work, jobs, workers):
             bar.update(len(results))
 
 
-def pack_image(side, job):
-    """Writes the image of a Record as a grey PNG file of side x side pixels, unless it is up to date.
+def pack_image(side, channels, job):
+    """Writes the image of a Record as a PNG file of side x side pixels, unless it is up to date.
 
     job: (image, file). Returns None or the error: those of loading processes would arrive as tracebacks.
     """
@@ -1477,12 +1491,14 @@ def pack_image(side, job):
         changed = (
             isinstance(image, Path) and os.path.exists(image) and image.stat().st_mtime > file.stat().st_mtime
         )
-        if not changed and read_image(file).size == (side, side):
+        with Image.open(file) as packed:
+            alike = packed.size == (side, side) and packed.mode == MODES[channels]
+        if not changed and alike and read_image(file, channels):
             return None
     try:
-        pixels = evaluation_transform(side)(read_image(image))
+        pixels = evaluation_transform(side)(read_image(image, channels))
         file.parent.mkdir(exist_ok=True, parents=True)
-        Image.fromarray(pixels[0].numpy()).save(file, "PNG")
+        to_pillow(pixels).save(file, "PNG")
     except (BadInput, OSError) as error:
         return error
 
@@ -1497,7 +1513,7 @@ def table_rows(chosen, images):
     return rows
 
 
-def pack(data, out, *, side, views=FRONTAL, workers=2):
+def pack(data, out, *, side, channels=1, views=FRONTAL, workers=2):
     """Shrinks every image to `side` pixels a side, once, and writes a table; goes on where it was stopped.
 
     An image that is there, whole, of that size and newer than its source stays. Returns (number of images in
@@ -1508,7 +1524,7 @@ def pack(data, out, *, side, views=FRONTAL, workers=2):
     check_patients(splits)
     refuse_repeats([r.id for r in chain(*splits.values())], f"{' and '.join(data)} has the image")
     chosen = [(split, r) for split, records in splits.items() for r in records if r.view in ("", *views)]
-    check_images([r for _, r in chosen], 0)
+    check_images([r for _, r in chosen], 0, channels)
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()) and not (out / "bad.txt").is_file():
         raise BadInput(f"{out} holds files and is no pack; give another --out")
@@ -1518,7 +1534,8 @@ def pack(data, out, *, side, views=FRONTAL, workers=2):
     header, *rows = table_rows(chosen, images)
     jobs = [(r.image, out / image) for (_, r), image in zip(chosen, images, strict=True)]
     kept, bad = [], []
-    for row, error in zip(rows, in_processes(partial(pack_image, side), jobs, workers), strict=True):
+    errors = in_processes(partial(pack_image, side, channels), jobs, workers)
+    for row, error in zip(rows, errors, strict=True):
         if isinstance(error, OSError):  # a full disk
             raise error
         if error:
@@ -1545,7 +1562,7 @@ SAME = 20  # of 256 bits; REPRODUCE.md has the data sets that it was chosen on, 
 def picture_hash(image):
     """Image of a Record -> (256,) float32 of 1 and -1; all 0 where there is nothing to compare."""
     try:
-        small = read_image(image, 64).resize((64, 64), Image.Resampling.BILINEAR)
+        small = read_image(image, about=64).resize((64, 64), Image.Resampling.BILINEAR)
     except BadInput:
         return np.zeros(256, np.float32)
     dark = small.getextrema()[0] + 16
@@ -1727,7 +1744,8 @@ def protocol(args):
 def run_pack(args):
     """Packs data sets -> exit status."""
     os.umask(0o077)  # a pack holds reports and pictures of patients
-    good, bad = pack(args.data, args.out, side=args.image_size, views=args.views, workers=args.workers)
+    options = {"channels": args.channels, "views": args.views, "workers": args.workers}
+    good, bad = pack(args.data, args.out, side=args.image_size, **options)
     if bad:
         print(f"{len(bad):,} images cannot be read and are left out; {args.out}/bad.txt names all:")
         print("\n".join(bad[:3]))
@@ -1784,6 +1802,7 @@ def build_parser():
     add("--out", required=True, metavar="FOLDER")
     add("--views", nargs="+", choices=VIEWS, default=FRONTAL, help="images to keep")
     add("--image-size", type=size, default=256, help="pixels a side, the model's or more")
+    add("--channels", type=int, choices=MODES, default=1, help="1 packs grey, 3 colour")
     return p
 
 

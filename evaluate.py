@@ -728,8 +728,9 @@ def build_image_encoder(args):
     """The Swin Transformer of these options; sizes that do not fit are a BadInput."""
     alike = ("image_size", "patch_size", "window_size", "drop_path")
     sizes = {"embed_dim": args.swin_dim, "depths": args.swin_depths, "num_heads": args.swin_heads}
+    sizes |= {name: getattr(args, name) for name in alike}
     try:
-        return SwinTransformer(**sizes, **{name: getattr(args, name) for name in alike})
+        return SwinTransformer(in_chans=args.channels, **sizes)
     except ValueError as error:
         raise BadInput(str(error)) from error
 
@@ -797,7 +798,7 @@ def read_checkpoint(path):
 def run_from_checkpoint(state, device):
     """What read_checkpoint gives -> Run in evaluation mode."""
     with refusing(state["path"]):
-        args = argparse.Namespace(**state["args"])
+        args = argparse.Namespace(**{"channels": 1} | state["args"])  # older runs have grey images
         fields = json.loads(state["bert"])
         fields = {name: fields[name] for name in BERT_FIELDS if name in fields}
         if not max(fields.get("num_hidden_layers", 0), *args.swin_depths) <= len(state["model"]):
@@ -879,10 +880,12 @@ def encode(run, records):
     """Records -> Encoded, in their order; the findings are those that are present at least once."""
     run.model.eval()
     findings = data.vocabulary(records)
-    images = data.Images(records, data.evaluation_transform(run.args.image_size))
+    transform = data.evaluation_transform(run.args.image_size)
+    images = data.Images(records, transform, run.args.channels)
     collate = data.Collate(records, findings, None, run.tokenizer, run.args.max_length)
-    batch_bytes, options = run.batch_size * run.args.image_size**2, {"batch_size": run.batch_size}
-    loader = data.loader(images, run.args.workers, batch_bytes, collate_fn=collate, **options)
+    batch_bytes = run.batch_size * run.args.channels * run.args.image_size**2
+    options = {"batch_size": run.batch_size, "collate_fn": collate}
+    loader = data.loader(images, run.args.workers, batch_bytes, **options)
     pooled, image_features, report_features, report_rows = ([] for _ in range(4))
     for batch in progress(data.readable(loader), "images and reports", total=len(loader), unit="batch"):
         report_rows.append(batch.rows[batch.report_pairs.images])
@@ -928,14 +931,16 @@ def encode_texts(run, texts, as_prompts=False):
 
 
 def encode_images(run, images):
-    """Paths, Pillow images or grey (H, W) uint8 arrays -> (N, D) float32, unit length."""
+    """Paths, Pillow images, or (H, W) or (H, W, 3) uint8 arrays -> (N, D) float32, unit length."""
     records = []
     for i, image in enumerate(images):
-        image = np.asarray(data.grey(image)) if isinstance(image, Image.Image) else image
+        if isinstance(image, Image.Image):
+            image = np.asarray(data.upright(image, run.args.channels))
         if not isinstance(image, np.ndarray):
             image = Path(image)
-        elif (image.ndim, image.dtype) != (2, np.uint8):
-            raise BadInput(f"an image as array is (H, W) uint8, not {image.shape} {image.dtype}")
+        elif image.dtype != np.uint8 or image.shape[2:] not in ((), (3,)) or image.ndim < 2:
+            what = f"{image.shape} {image.dtype}"
+            raise BadInput(f"an image as array is (H, W) or (H, W, 3) uint8, not {what}")
         records.append(data.Record(image, None, {}, str(i), "images"))
     return encode(run, records).image_features
 
@@ -968,8 +973,8 @@ def gallery(encoded, path, rows=4, columns=3, side=224):
     picture = Image.new("RGB", ((1 + columns) * width, len(queries) * height), "white")
     draw = ImageDraw.Draw(picture)
     for top, query in zip(range(0, picture.height, height), queries, strict=True):
-        view = data.evaluation_transform(side)(data.read_image(records[query].image))
-        picture.paste(Image.fromarray(view[0].numpy()), (0, top + title))
+        view = data.evaluation_transform(side)(data.read_image(records[query].image, 3))
+        picture.paste(data.to_pillow(view), (0, top + title))
         draw.text((4, top + 4), ", ".join(sorted(data.present(records[query])))[:32], "black", FONT)
         for rank, near in enumerate((-(images[query] @ encoded.report_features.T)).argsort()[:columns], 1):
             match, left = (labels[near] == labels[query]).all() and labels[query].any(), rank * width
@@ -1194,7 +1199,7 @@ def print_comparison(paths, runs, results, all_metrics):
 
 def evaluate_run(args, path, out, run, records, chosen):
     """All tasks for one run; each is written, and printed, once it is done -> Encoded, {task: Measures}."""
-    data.check_images(records, run.args.image_size)
+    data.check_images(records, run.args.image_size, run.args.channels)
     limit = f", first {args.limit}" if args.limit else ""
     print(f"{path}, {chosen} of {', '.join(args.data)}{limit}, {len(records)} images")
     if args.ids and data.ids_sha256(data.read_ids(args.ids)) not in run.args.held_out:

@@ -94,7 +94,8 @@ def pieces_of(batch, args):
     inputs += [("text", *tokens) for tokens in batch.reports]
     inputs += [("prompt", *batch.prompts)] if len(batch.prompt_pairs.texts) else []
     if not len(batch.rows):
-        inputs.append(("image", batch.images.new_zeros(1, 1, args.image_size, args.image_size).float()))
+        sides = args.image_size, args.image_size
+        inputs.append(("image", batch.images.new_zeros(1, args.channels, *sides).float()))
     if not len(batch.prompt_pairs.texts) and (batch.prompts is not None or not batch.reports):
         inputs.append(("prompt", batch.rows.new_zeros(1, 3), batch.rows.new_ones(1, 3)))
     pieces = []
@@ -247,6 +248,7 @@ def build_parser():
 
     add = p.add_argument_group("model").add_argument
     add("--image-size", type=size, help="pixels a side; the cost grows with its square")
+    add("--channels", type=int, choices=data.MODES, default=1, help="1 reads all images as grey, 3 in colour")
     add("--patch-size", type=size, help="pixels a side of a patch; larger is faster and coarser")
     add("--swin-dim", type=size, help="channels of the first stage")
     add("--swin-depths", type=number_type(int, 0, 100), nargs="+", help="blocks of each stage")
@@ -529,7 +531,7 @@ def load_splits(args):
     for split in data.SPLITS[:2]:
         chosen = {"views": args.views, "uncertain": args.uncertain}
         records = data.load_records(read[split], split, args.limit, **chosen)
-        data.check_images(records, args.image_size)
+        data.check_images(records, args.image_size, args.channels)
         if args.findings:
             missing = set(args.findings) - set(data.vocabulary(records))
             if split == "train" and missing:
@@ -611,13 +613,14 @@ def training_loader(run, records, steps):
     args = run.args
     texts = [prompts.label_prompt(finding, args.template) for finding in run.findings]
     label_prompts = run.prompt_tokens(texts) if args.image_label and texts else None
-    images = data.Images(records, data.training_transform(args.image_size, args.horizontal_flip))
+    transform = data.training_transform(args.image_size, args.horizontal_flip)
+    images = data.Images(records, transform, args.channels)
     pieces = 1 if args.text_model == SMALL_BERT else 4  # a small BERT's calls cost more than padding does
     collate = data.Collate(records, run.findings, label_prompts, run.tokenizer, args.max_length, pieces)
     options = {"sampler": steps, "pin_memory": run.device.type == "cuda"}
     batches = Batches(args, images, collate)  # an item is a whole batch
     # What all processes need, and once more, as validation reads images of its own beside these.
-    batch_bytes = 2 * args.batch_size * args.image_size**2
+    batch_bytes = 2 * args.batch_size * args.channels * args.image_size**2
     return data.loader(batches, args.workers, batch_bytes, batch_size=None, **options)
 
 

@@ -14,6 +14,7 @@ from conftest import FORKS
 from PIL import Image
 
 import data
+import evaluate
 from data import BadInput
 
 GREY = np.tile(np.arange(256, dtype=np.uint8).reshape(16, 16), (2, 2))
@@ -88,7 +89,7 @@ def test_one_pixel_does_not_set_the_exposure_of_an_image_of_16_bits(odd, white, 
 
 
 def test_a_dark_image_of_16_bits_stays_dark_below_the_greys_of_8_bits():
-    assert np.array_equal(data.grey(Image.fromarray(WIDE // 2)), GREY // 2)
+    assert np.array_equal(data.upright(Image.fromarray(WIDE // 2)), GREY // 2)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -258,6 +259,65 @@ def test_training_keeps_left_and_right_unless_it_is_told_to_flip(horizontal_flip
     torch.manual_seed(0)
     drawn = [transform(image).float() for _ in range(30)]
     assert {bool(t[..., :8].sum() > t[..., 8:].sum()) for t in drawn} == seen
+
+
+COLOUR = np.stack([GREY, GREY[::-1], 255 - GREY], axis=2)
+
+
+@pytest.mark.parametrize("kind", ["png", "tif", "bmp"])
+def test_three_channels_keep_colours_and_one_makes_them_grey(kind, tmp_path):
+    Image.fromarray(COLOUR).save(tmp_path / f"a.{kind}")
+    assert np.array_equal(data.read_image(tmp_path / f"a.{kind}", 3), COLOUR)
+    expected = np.asarray(Image.fromarray(COLOUR).convert("L"))
+    assert np.array_equal(data.read_image(tmp_path / f"a.{kind}"), expected)
+
+
+@pytest.mark.parametrize("image", [GREY, Image.fromarray(GREY), Image.fromarray(WIDE * 257)])
+def test_a_grey_image_has_three_equal_channels_where_colour_is_wanted(image):
+    read = data.read_image(image, 3) if isinstance(image, np.ndarray) else data.upright(image, 3)
+    assert np.array_equal(read, np.stack([GREY] * 3, axis=2))
+
+
+@pytest.mark.parametrize("make", [data.evaluation_transform, data.training_transform])
+def test_the_transforms_keep_each_channel_in_its_place(make):
+    image = Image.merge("RGB", [Image.new("L", (20, 20), value) for value in (60, 100, 140)])
+    inside = make(10)(image)[:, 4:6, 4:6].float().mean((1, 2))
+    assert make(10)(image).shape == (3, 10, 10) and inside[0] + 20 < inside[1] < inside[2] - 20
+
+
+@pytest.mark.parametrize(("channels", "tint", "noted"), [(1, 60, True), (1, 8, False), (3, 60, False)])
+def test_colour_images_for_a_grey_model_are_noted_but_no_tinted_film(channels, tint, noted, tmp_path, capsys):
+    Image.fromarray(np.stack([GREY, GREY, np.maximum(GREY, tint) - tint], axis=2)).save(tmp_path / "a.png")
+    data.check_images([SimpleNamespace(image=tmp_path / "a.png", source="own")], 8, channels)
+    assert ("is in colour and is read as grey; --channels 3" in capsys.readouterr().err) == noted
+
+
+def test_a_colour_model_learns_is_saved_and_encodes_paths_pictures_and_arrays_alike(
+    pretrain, cases, tmp_path, capsys
+):
+    for path in (tmp_path / "cases").glob("*.png"):
+        grey = np.asarray(Image.open(path))
+        Image.fromarray(np.stack([grey, grey.T, 255 - grey], axis=2)).save(path)
+    assert pretrain(*cases, "--channels", 3) == 0
+    run = evaluate.load_run(tmp_path / "run")
+    assert run.model.image_encoder.patch_embed.in_channels == run.args.channels == 3
+    paths = sorted((tmp_path / "cases").glob("*.png"))[:4]
+    pictures = [Image.open(path) for path in paths]
+    features = evaluate.encode_images(run, paths)
+    assert np.allclose(features, evaluate.encode_images(run, pictures), atol=1e-6)
+    assert np.allclose(features, evaluate.encode_images(run, list(map(np.asarray, pictures))), atol=1e-6)
+    greys = evaluate.encode_images(run, [picture.convert("L") for picture in pictures])
+    assert not np.allclose(features, greys, atol=1e-3)
+    evaluate.gallery(evaluate.encode(run, data.load_records(cases[1:], "test")), tmp_path / "gallery.png", 1)
+    drawn = np.asarray(Image.open(tmp_path / "gallery.png"), int)[40:200, 20:200]
+    assert np.ptp(drawn, axis=2).mean() > data.COLOURED
+
+
+def test_a_run_from_before_there_was_colour_is_a_grey_one(tiny_run, tmp_path):
+    state = torch.load(tiny_run / "best.pt", weights_only=True)
+    del state["args"]["channels"]
+    torch.save(state, tmp_path / "old.pt")
+    assert evaluate.load_run(tmp_path / "old.pt").args.channels == 1
 
 
 # -------------------------------------------------------------------------------------- the first of a source

@@ -119,6 +119,16 @@ def test_several_processes_make_the_same_pack(spec, whole, tmp_path):
     assert content(tmp_path / "pack") == content(whole)
 
 
+def test_a_pack_keeps_colour_where_it_is_asked_to_also_over_a_grey_one(tmp_path, program):
+    spec = source(tmp_path / "source", count=9)
+    colour = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+    Image.fromarray(colour).save(tmp_path / "source" / "0.png")
+    for channels, expected in ((1, Image.fromarray(colour).convert("L")), (3, colour)):
+        program(*options(spec, tmp_path / "pack", "--views", *data.VIEWS, "--channels", channels))
+        packed = {r.id: r.image for r in everything(f"csv={tmp_path / 'pack'}")}["0.png"]
+        assert np.array_equal(np.asarray(Image.open(packed)), np.asarray(expected))
+
+
 def test_only_the_chosen_views_and_those_not_said_are_packed(spec, tmp_path):
     pack(spec, tmp_path / "pack", views=data.FRONTAL)
     assert {r.view for r in everything(f"csv={tmp_path / 'pack'}")} == {"PA", ""}
@@ -157,7 +167,7 @@ def test_a_loading_process_that_is_killed_or_stalls_ends_pack_in_one_sentence_wi
     end, way_out, spec, tmp_path, monkeypatch, program
 ):
     monkeypatch.setattr(data, "check_images", lambda *_: None)  # it reads in the main process
-    monkeypatch.setattr(data, "read_image", lambda image: exec(end))
+    monkeypatch.setattr(data, "read_image", lambda *_: exec(end))
     monkeypatch.setattr(data, "PATIENCE", 2)
     start = time.monotonic()
     status, _, errors = program(*options(spec, tmp_path / "pack", "--workers", 2))
@@ -172,11 +182,11 @@ def test_a_loading_process_that_is_killed_or_stalls_ends_pack_in_one_sentence_wi
 def test_a_pack_stopped_anywhere_ends_as_the_unbroken_one(spec, whole, tmp_path, monkeypatch, stopped):
     reads, original = [], data.read_image
 
-    def read(image):
+    def read(image, *channels):
         reads.extend([image] if "images" not in str(image) else [])  # not those of the pack
         if len(reads) > stopped:
             raise KeyboardInterrupt
-        return original(image)
+        return original(image, *channels)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(data, "read_image", read)
@@ -191,14 +201,16 @@ def test_only_what_is_not_there_and_whole_is_made_again(spec, whole, copy, monke
     image.unlink() if damage is None else image.write_bytes(damage)
     read, original = [], data.read_image
     monkeypatch.setattr(data, "check_images", lambda *_: None)  # it reads the first ones
-    monkeypatch.setattr(data, "read_image", lambda image: read.append(str(image)) or original(image))
+    monkeypatch.setattr(
+        data, "read_image", lambda image, *rest: read.append(str(image)) or original(image, *rest)
+    )
     pack(spec, copy)
     assert len([path for path in read if "images" not in path]) == 1
     assert content(copy) == content(whole)
 
 
 def test_ctrl_c_says_that_the_same_command_goes_on(spec, tmp_path, monkeypatch, program):
-    def interrupted(image):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(data, "read_image", interrupted)
