@@ -6,6 +6,11 @@ chexpert           Stanford AIMI, registration     chest X-rays, 14 findings in 
 mimic-cxr          PhysioNet, credentialed         chest X-rays, reports, 14 findings in four states
 rsna               Kaggle, competition rules       chest X-rays, pneumonia or none
 covid-radiography  Kaggle, licence by source       chest X-rays, COVID-19 and three other classes
+openi              NLM, free                       chest X-rays, reports, 12 findings from MeSH headings
+nih-chestxray14    NIH, free with citation         chest X-rays, 14 findings or none
+covid-chestxray    GitHub, licence by image        chest X-rays, clinical notes, kinds of pneumonia
+medpix2            GitHub, free with citation      CT and MR images, captions, five places of the body
+folder             your own images                 a folder for each class
 csv                your own table, or a pack       images and the columns that README.md lists
 
     python data.py summary --data chexpert=FOLDER           counts what is there and checks it
@@ -29,10 +34,12 @@ import csv
 import errno
 import gzip
 import hashlib
+import json
 import re
 import resource
 import shutil
 import sys
+import tarfile
 import textwrap
 import zipfile
 from collections import Counter
@@ -43,6 +50,7 @@ from itertools import chain, islice, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
+from xml.etree import ElementTree
 
 import numpy as np
 
@@ -53,6 +61,10 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 SPLITS = ("train", "valid", "test")
+SPLIT_NAMES = {  # as they are called elsewhere
+    **dict(zip(SPLITS, SPLITS, strict=True)),
+    **dict.fromkeys(("validate", "validation", "val", "dev"), "valid"),
+}
 VIEWS = ("PA", "AP", "FRONTAL", "LATERAL", "UNKNOWN")
 FRONTAL = ("PA", "AP", "FRONTAL")
 STATES = (1, 0, -1, None)  # of a finding: present, absent, uncertain, not mentioned
@@ -1255,7 +1267,7 @@ def covid_folders(root):
         if finding and place.setdefault(finding, path) != path:
             raise BadInput(
                 f"{root} has the class {finding} in {place[finding]} and in {path}; name the folder of one "
-                "set; it has no folders of splits"
+                f"set, or read folders of splits by --data folder={root}"
             )
     called = " and ".join(path.name for path in place.values()) or "none"
     there = (
@@ -1278,6 +1290,163 @@ def covid_folders(root):
     return records
 
 
+def class_folders(root):
+    """{name: folder} of the folders right below root, without hidden ones and those that archivers add."""
+    return {path.name: path for path in subfolders(root) if path.name[0] not in "._"}
+
+
+def class_folder_images(root, split):
+    """Images of your own as torchvision's ImageFolder has them: CLASS/*, or train/, valid/ and test/CLASS/*.
+
+    The classes are the findings: an image has its own and none of the others. It is a patient of its own.
+    Without folders of splits, or with none of validation, a hash draws them.
+    """
+    root, tops = Path(root), class_folders(root)
+    named = [SPLIT_NAMES.get(name.lower()) for name in tops]
+    if any(named) and not all(named):
+        others = ", ".join(name for name in tops if name.lower() not in SPLIT_NAMES)
+        raise BadInput(f"{root} has folders of splits and others ({others}); all or none may be splits")
+    found = []  # (split, class, image)
+    for part, top in zip(named, tops.values(), strict=True):
+        for name, folder in class_folders(top).items() if part else [(top.name, top)]:
+            found += [(part, name.replace("_", " "), path) for path in sorted(image_files(folder))]
+    names = sorted({name for _, name, _ in found})
+    if len(names) < 2:
+        raise BadInput(
+            f"{root} has images of {len(names)} classes, two are needed; folder=FOLDER takes FOLDER/CLASS/* "
+            f"or FOLDER/train/CLASS/* and the like in valid and test; images end with {', '.join(ENDINGS)}"
+        )
+    labels, parts = {name: {each: int(each == name) for each in names} for name in names}, {}
+    for part, name, path in found:
+        id = path.relative_to(root).as_posix()
+        record = Record(path, None, labels[name], patient=id, source="folder", id=id)
+        parts.setdefault(part, []).append(record)
+    if None in parts:
+        parts = split_by_patient(parts[None])
+    elif "valid" not in parts and "train" in parts:
+        note(f"{root} has no folder of validation; a hash takes a tenth of train")
+        parts |= {**split_by_patient(parts["train"], cuts=(0.9, 1.0)), "test": parts.get("test", [])}
+    return parts.get(split, [])
+
+
+MESH = {  # finding -> MeSH headings; other headings say nothing that the chest X-ray data sets share
+    NO_FINDING: ["normal"], "Atelectasis": ["Pulmonary Atelectasis"], "Cardiomegaly": ["Cardiomegaly"],
+    "Consolidation": ["Consolidation"], "Edema": ["Pulmonary Edema"], "Fracture": ["Fractures, Bone"],
+    "Lung Lesion": ["Mass", "Nodule"], "Lung Opacity": ["Airspace Disease", "Infiltrate", "Opacity"],
+    "Pleural Effusion": ["Pleural Effusion"], "Pneumonia": ["Pneumonia"], "Pneumothorax": ["Pneumothorax"],
+    "Support Devices": [
+        "Catheters, Indwelling", "Implanted Medical Device", "Medical Device", "Tube, Inserted",
+    ],
+}  # fmt: skip
+
+
+def mesh_labels(headings):
+    """Headings such as "Opacity/lung/base/left" -> labels; a report that was not indexed has none."""
+    main = {heading.split("/")[0].strip() for heading in headings} - {"", "No Indexing"}
+    return {name: 1 if main.intersection(known) else None for name, known in MESH.items()} if main else {}
+
+
+def openi_reports(root):
+    """Yields (number of the report, its XML element) from ecgen-radiology/ or NLMCXR_reports.tgz."""
+    folder, archive = find(root, "ecgen-radiology"), find(root, "NLMCXR_reports.tgz")
+    if not folder and not archive:
+        raise BadInput(f"{root} has neither NLMCXR_reports.tgz nor its folder ecgen-radiology")
+    if folder:
+        texts = {path.stem: path for path in folder.glob("*.xml")}
+    else:
+        refuse_no_file(archive)
+        with reading(archive), tarfile.open(archive) as file:
+            texts = {Path(m.name).stem: file.extractfile(m).read() for m in file if m.name.endswith(".xml")}
+    for number, text in sorted(texts.items(), key=lambda item: (len(item[0]), item[0])):  # 2 before 10
+        with reading(text if folder else f"{archive}, {number}.xml"):
+            yield number, ElementTree.fromstring(open_file(text).read() if folder else text)
+
+
+def openi(root, split):
+    """Open-I: images, reports, MeSH headings; views where torchxrayvision's table is; split by report."""
+    table, images, records = find_table(root, "nlmcxr_dicom_metadata.csv"), images_under(root), []
+    rows = read_table(table, ("imageid", "View Position")) if table.exists() else ()
+    positions = {row["imageid"]: row["View Position"] for _, row in rows}
+    for number, report in openi_reports(root):
+        part = {each.get("Label"): each.text for each in report.iter("AbstractText")}
+        labels = mesh_labels(heading.text or "" for heading in report.iter("major"))
+        text = join(part.get("IMPRESSION"), part.get("FINDINGS"))
+        for id in (image.get("id", "") for image in report.iter("parentImage")):
+            # The first report alone has one number more in the XML than in the table.
+            position = positions.get(id.replace("CXR1_1_", "CXR1_"))
+            known = {"id": id, "view": dicom_view(position) if position else ""}
+            image = images.get(id, Path(root, f"{id}.png"))
+            records.append(Record(image, text, labels, patient=number, source="openi", **known))
+    return split_by_patient(records)[split]
+
+
+def nih_chestxray14(root, split):
+    """NIH ChestX-ray14: the official test list where it is there; the rest, or all, is split by a hash."""
+    table = find_table(root, "Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
+    rows = [row for _, row in read_table(table, ("Image Index", "Finding Labels", "Patient ID"))]
+    places, records = images_under(root), []
+    elsewhere = {"Effusion": "Pleural Effusion", "Pleural_Thickening": "Pleural Thickening"}
+    named = [{elsewhere.get(name, name) for name in row["Finding Labels"].split("|")} for row in rows]
+    annotated = sorted(set().union(*named))
+    for row, present in zip(rows, named, strict=True):
+        id, labels = row["Image Index"], {name: int(name in present) for name in annotated}
+        image = places.get(os.path.splitext(id)[0], Path(root, "images", id))
+        known = {"source": "nih-chestxray14", "id": id, "view": row.get("View Position") or "FRONTAL"}
+        records.append(Record(image, None, labels, patient=row["Patient ID"], **known))
+    official = find_table(root, "test_list.txt")
+    if not official.exists():
+        return split_by_patient(records)[split]
+    listed = {line.strip() for _, line in read_lines(official)}
+    if split == "test":
+        return [r for r in records if r.id in listed]
+    return split_by_patient([r for r in records if r.id not in listed], cuts=(0.9, 1.0))[split]
+
+
+def covid_chestxray(root, split):
+    """covid-chestxray-dataset of ieee8023: frontal X-rays with a finding; the clinical notes are the reports.
+
+    The table lists some files twice, under two numbers of a patient: the first row counts, for both numbers.
+    Splits by a hash of the patient.
+    """
+    needed = ("patientid", "finding", "view", "modality", "folder", "filename", "clinical_notes")
+    table, records, owner, alias = find_table(root, "metadata.csv"), [], {}, {}
+    for _, row in read_table(table, needed):
+        # "Pneumonia/Viral/COVID-19" in later releases, "COVID-19, ARDS" in earlier: the most exact names.
+        names = {name.strip().rsplit("/", 1)[-1] for name in row["finding"].split(",")}
+        names -= {"", "todo", "Unknown"}
+        if row["modality"] != "X-ray" or not row["view"].startswith(("PA", "AP")) or not names:
+            continue
+        id, notes, patient = f"{row['folder']}/{row['filename']}", row["clinical_notes"], row["patientid"]
+        if owner.setdefault(id, patient) != patient:
+            alias[patient] = owner[id]
+            continue
+        image, labels = table.parent / id, dict.fromkeys(sorted(names), 1)
+        known = {"patient": patient, "source": "covid-chestxray", "id": id, "view": row["view"][:2]}
+        records.append(Record(image, as_written(notes), labels, **known))
+    return split_by_patient([replace(r, patient=alias.get(r.patient, r.patient)) for r in records])[split]
+
+
+MEDPIX_FILES = {"train": "train", "valid": "dev", "test": "test"}
+MEDPIX_PLACES = ("Abdomen", "Head", "Reproductive and Urinary System", "Spine and Muscles", "Thorax")
+
+
+def medpix2(root, split):
+    """MedPix 2.0: CT and MR images, captions, location category; a patient is a case; official splits."""
+    folder, records = find(root, "splitted_dataset") or Path(root, "splitted_dataset"), []
+    path = folder / f"descriptions_{MEDPIX_FILES[split]}.jsonl"
+    for number, line in read_lines(path):
+        with reading(path, f", line {number},"):
+            row = json.loads(line)
+            id, labels = row["image"], dict.fromkeys(MEDPIX_PLACES, 0) | {row["Location Category"]: 1}
+            caption = as_written(row["Description"]["Caption"] or "")
+            image, known = (
+                folder.parent / "images" / f"{id}.png",
+                {"patient": row["U_id"], "source": "medpix2"},
+            )
+        records.append(Record(image, caption, labels, id=id, **known))
+    return records
+
+
 CSV_COLUMNS = ("image", "id", "source", "patient", "split", "view", "report")
 
 
@@ -1292,12 +1461,11 @@ def csv_table(table, split):
         table /= "table.csv"
     if not table.is_file():
         raise BadInput(f"{table} is not there; write csv=TABLE, or csv=FOLDER for FOLDER/table.csv")
-    called = {"validate": "valid", "validation": "valid", "val": "valid", "dev": "valid"}
     names = finding_columns(table)
     for where, row in read_table(table):
         cell = {name: row.get(name, "").strip() for name in CSV_COLUMNS}
         image, view, part = cell["image"], cell["view"].upper(), cell["split"].lower()
-        part = called.get(part, part)
+        part = SPLIT_NAMES.get(part, part)
         if Path(image).suffix.lower() not in ENDINGS:
             raise BadInput(f"{where}: the image {shown(image)} does not end with {', '.join(ENDINGS)}")
         if view and view not in VIEWS:
@@ -1612,7 +1780,8 @@ def print_copies(found, workers):
 
 DATASETS = {
     "phantom": phantom, "chexpert": chexpert, "mimic-cxr": mimic_cxr, "rsna": rsna,
-    "covid-radiography": covid_radiography, "csv": csv_table,
+    "covid-radiography": covid_radiography, "openi": openi, "nih-chestxray14": nih_chestxray14,
+    "covid-chestxray": covid_chestxray, "medpix2": medpix2, "folder": class_folder_images, "csv": csv_table,
 }  # fmt: skip
 
 

@@ -11,9 +11,10 @@ import os
 import zipfile
 from dataclasses import fields
 from functools import partial
+from itertools import product
 from pathlib import Path
 
-import make_table
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -220,6 +221,31 @@ def medpix(root, caption=f"A {MARKER}."):
     return root
 
 
+def folder(root, splits=("train", "val", "test")):
+    """Two images of each of two classes in each split, or ten of each without splits."""
+    for split, name, n in product(splits, ("Viral_Pneumonia", "No Finding"), range(2 if splits[0] else 10)):
+        draw(root / split / name / f"{split}{n}.png")
+    return root
+
+
+def one_finding(root, number=2800):
+    """Chests with the labels of RSNA's data set: 7 : 4 : 3 normal, with another finding, with consolidation.
+
+    The consolidation is called Pneumonia, which is present or absent; there are no reports.
+    """
+    others, rows = [name for name in data.PHANTOM_FINDINGS if name != "Consolidation"], []
+    (root / "images").mkdir(parents=True)
+    for i in range(number):
+        rng = np.random.default_rng(i)
+        kind = rng.choice(["normal", "other", "Consolidation"], p=[7 / 14, 4 / 14, 3 / 14])
+        found = {"normal": [], "other": [rng.choice(others)]}.get(kind, [kind])
+        Image.fromarray(data.draw_phantom(rng, found)[0]).save(root / f"images/{i}.png")
+        split = "train" if i < 0.5 * number else "valid" if i < 0.6 * number else "test"
+        rows.append({"image": f"images/{i}.png", "split": split, "Pneumonia": int(kind == "Consolidation")})
+    write_table(root / "table.csv", rows)
+    return root
+
+
 def own(root):
     """A user's own table, with every column that it may have."""
     rows = []
@@ -237,22 +263,18 @@ def pack(root):
     return root / "pack"
 
 
-def made(name, write_folder, root):
-    """The table that make_table.py makes of a folder."""
-    make_table.make_table(name, write_folder(root))
-    return root / "table.csv"
-
-
 READERS = {  # layout: (reader, what writes its folder, images in its three splits)
     "chexpert": ("chexpert", chexpert, (7, 1, 2)),
     "mimic-cxr": ("mimic-cxr", mimic, (3, 1, 1)),
     "mimic-zip": ("mimic-cxr", lambda root: mimic(root, reports="mimic-cxr-reports.zip"), (3, 1, 1)),
     "rsna": ("rsna", rsna, (14, 3, 3)),
     "covid-radiography": ("covid-radiography", covid_radiography, (8, 1, 3)),
-    "openi": ("csv", partial(made, "openi", openi), (8, 0, 3)),
-    "nih-chestxray14": ("csv", partial(made, "nih-chestxray14", nih), (7, 0, 3)),
-    "covid-chestxray": ("csv", partial(made, "covid-chestxray", covid_chestxray), (7, 0, 3)),
-    "medpix2": ("csv", partial(made, "medpix2", medpix), (1, 1, 1)),
+    "openi": ("openi", openi, (8, 0, 3)),
+    "nih-chestxray14": ("nih-chestxray14", nih, (7, 0, 3)),
+    "covid-chestxray": ("covid-chestxray", covid_chestxray, (7, 0, 3)),
+    "medpix2": ("medpix2", medpix, (1, 1, 1)),
+    "folder": ("folder", folder, (4, 4, 4)),
+    "folder of classes": ("folder", partial(folder, splits=("",)), (13, 4, 3)),
     "csv": ("csv", own, (4, 4, 2)),
     "pack": ("csv", pack, (4, 4, 2)),
 }

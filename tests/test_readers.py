@@ -5,12 +5,10 @@ import io
 import os
 import re
 import shutil
-import tarfile
 from collections import Counter
 from pathlib import Path
 
 import layouts
-import make_table
 import numpy as np
 import pytest
 from layouts import MARKER, READERS, build, contents, everything, real, refused, table_of, tables
@@ -19,9 +17,10 @@ from PIL import Image
 import data
 from data import BadInput
 
-LISTED = ["chexpert", "mimic-cxr", "rsna", "csv"]
-MADE = ("openi", "nih-chestxray14", "covid-chestxray", "medpix2")  # by make_table.py
-WITHOUT_REPORTS = ("chexpert", "rsna", "covid-radiography", "nih-chestxray14")
+LISTED = ["chexpert", "mimic-cxr", "rsna", "nih-chestxray14", "covid-chestxray", "csv"]
+WITHOUT_REPORTS = (
+    "chexpert", "rsna", "covid-radiography", "nih-chestxray14", "folder", "folder of classes",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +57,7 @@ def test_each_split_has_its_images(specs, name):
 def test_every_record_is_sound(specs, name):
     for r in everything(specs[name]):
         assert r.id and not Path(r.id).is_absolute()  # the same wherever the folder lies
-        assert r.source == (name if name in MADE else READERS[name][0]) and r.view in {*data.VIEWS, ""}
+        assert r.source == READERS[name][0] and r.view in {*data.VIEWS, ""}
         assert {*r.labels.values()} <= {*data.STATES} and all(isinstance(name, str) for name in r.labels)
         assert data.read_image(r.image).size == ((8, 8) if name == "pack" else (6, 5))
 
@@ -109,14 +108,14 @@ SAID = [  # layout, id, what the record says
     ("openi", "CXR6_IM-00-01", {"report": f"Normal chest, {MARKER}. Lungs are clear.", "view": ""}),
     ("openi", "CXR2_IM-00-01", {"report": None}),  # empty sections
     ("openi", "CXR4_IM-00-01",
-     {"labels": dict.fromkeys(make_table.MESH) | {"Lung Opacity": 1, "Support Devices": 1}}),
+     {"labels": dict.fromkeys(data.MESH) | {"Lung Opacity": 1, "Support Devices": 1}}),
     ("nih-chestxray14", "00000001_000.png",
      {"labels": {"Cardiomegaly": 1, "Pleural Effusion": 1,
                  "No Finding": 0, "Edema": 0, "Mass": 0, "Pleural Thickening": 0}}),
     ("covid-chestxray", "images/3.png",
      {"report": f"Case 3, {MARKER}.", "patient": "3", "labels": {"COVID-19": 1}}),
     ("medpix2", "MPX1_1",
-     {"labels": dict.fromkeys(make_table.CATEGORIES, 0) | {"Head": 1}, "patient": "MPX1"}),
+     {"labels": dict.fromkeys(data.MEDPIX_PLACES, 0) | {"Head": 1}, "patient": "MPX1"}),
     ("csv", "pictures/3.png",
      {"report": f"Film 3 shows a {MARKER}.", "patient": "1", "view": "PA",
       "labels": {"Edema": 1, "Hernia": -1}}),
@@ -455,6 +454,8 @@ def test_a_covid_class_that_is_met_twice_is_refused(copies, tmp_path):
         layouts.draw(tmp_path / folder / "1.png")
     said = refused(f"covid-radiography={tmp_path}")
     assert "has the class COVID-19 in " in said and all(str(tmp_path / folder) in said for folder in copies)
+    assert f"--data folder={tmp_path}" in said
+    assert f"--data folder={tmp_path}" in said
 
 
 def test_class_folders_and_folders_of_images_behind_links_are_found_and_no_loop_is_endless(tmp_path):
@@ -467,62 +468,6 @@ def test_class_folders_and_folders_of_images_behind_links_are_found_and_no_loop_
     (tmp_path / "data" / "Viral Pneumonia").symlink_to(published / "Viral Pneumonia")
     found = classes(everything(f"covid-radiography={tmp_path / 'data'}"))
     assert found == {"COVID-19": 3, "No Finding": 3, "Viral Pneumonia": 3}
-
-
-# ---------------------------------------------------------------------------------------------- make_table.py
-
-
-def test_openi_headings_end_at_their_slash_and_views_are_those_of_the_dicom_table(tmp_path):
-    opacity = dict.fromkeys(make_table.MESH) | {"Lung Opacity": 1}
-    assert make_table.mesh_labels(["Opacity /lung", "Lung/opacity"]) == opacity
-    assert make_table.mesh_labels(["No Indexing"]) == {}
-    rows = [("CXR1_IM-0001-3001", "PA"), ("CXR4_IM-00-01", "LL"), ("CXR6_IM-00-01", ""), ("x", "RL")]
-    table = [dict(zip(("imageid", "View Position"), row, strict=True)) for row in rows]
-    layouts.write_table(tmp_path / "nlmcxr_dicom_metadata.csv", table)
-    views = {id: r.view for id, r in by_id(build("openi", tmp_path)).items()}
-    assert (views["CXR1_1_IM-0001-3001"], views["CXR4_IM-00-01"]) == ("PA", "LATERAL")
-    assert views["CXR6_IM-00-01"] == views["CXR7_IM-00-01"] == ""
-
-
-def test_nih_official_test_list_is_honoured_and_the_rest_is_split(tmp_path):
-    (tmp_path / "test_list.txt").write_text("00000003_000.png\n00000001_000.png\n")
-    spec = build("nih-chestxray14", tmp_path)
-    train, valid, test = ([r.patient for r in data.read_split(spec, s)] for s in data.SPLITS)
-    assert test == ["1", "3"] and (len(train), len(valid)) == (6, 2)
-
-
-def covid(root, *rows):
-    header = "patientid,finding,view,modality,folder,filename,clinical_notes"
-    layouts.write(root / "metadata.csv", "\n".join([header, *rows]) + "\n")
-    make_table.make_table("covid-chestxray", root)
-    return by_id(f"csv={root}")
-
-
-def test_covid_findings_are_read_from_new_and_from_old_releases(tmp_path):
-    rows = ["5,Pneumonia/Viral/COVID-19,AP,X-ray,images,a.jpg,", '6,"COVID-19, ARDS",AP,X-ray,images,b.jpg,']
-    a, b = (covid(tmp_path, *rows)[f"images/{name}.jpg"] for name in "ab")
-    assert (data.present(a), data.present(b)) == ({"COVID-19"}, {"COVID-19", "ARDS"})
-
-
-def test_patients_who_share_a_covid_file_are_one(tmp_path):
-    names = ((5, "a"), (5, "c"), (6, "b"), (6, "a"), (6, "c"))
-    found = covid(tmp_path, *(f"{patient},COVID-19,PA,X-ray,images,{name}.jpg," for patient, name in names))
-    assert {record.patient for record in found.values()} == {"5"} and len(found) == 3
-
-
-def test_covid_rows_without_a_frontal_film_or_a_finding_are_left_out(tmp_path):
-    others = ["COVID-19,PA,CT", "COVID-19,L,X-ray", "todo,PA,X-ray", "Unknown,PA,X-ray", ",PA,X-ray"]
-    rows = [f"{n},{row},images,{n}.jpg," for n, row in enumerate([*others, "COVID-19,AP Supine,X-ray"])]
-    assert covid(tmp_path, *rows).keys() == {"images/5.jpg"}
-
-
-@pytest.mark.parametrize(("name", "file"), [("openi", "7.xml"), ("medpix2", "*dev.jsonl")])
-def test_a_damaged_source_of_a_table_is_refused_by_name(name, file, tmp_path):
-    build(name, tmp_path)
-    path = next(tmp_path.rglob(file))
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(BadInput, match=f"{path.name}.* is cut short or damaged"):
-        make_table.make_table(name, tmp_path)
 
 
 # -------------------------------------------------------------------------------------------------------- csv
@@ -621,26 +566,6 @@ def test_the_summary_counts_what_is_there(specs, capsys):
 def test_every_image_of_the_real_covid_radiography_is_found():
     records = everything(f"covid-radiography={real('covid-radiography')}")
     assert len(records) == 13808 and all(r.image.is_file() and data.present(r) for r in records)
-
-
-@pytest.mark.parametrize(
-    ("name", "folder", "count"),
-    [("medpix2", "medpix2", 2050), ("nih-chestxray14", "nih-chestxray14-1000", 1000),
-     ("covid-chestxray", "covid-chestxray", 531)],
-)  # fmt: skip
-def test_every_image_of_the_real_data_enters_the_table_made_of_them(name, folder, count):
-    chosen = make_table.READERS[name](real(folder))
-    assert len(chosen) == count and all(r.image.is_file() and data.present(r) for _, r in chosen)
-
-
-def test_real_openi_has_its_images_and_findings(tmp_path):
-    with tarfile.open(real("metadata", "NLMCXR_reports.tgz")) as archive:
-        archive.extractall(tmp_path)
-    records = [record for _, record in make_table.openi(tmp_path)]
-    of_patient = {record.patient: record for record in records}
-    assert Counter(Counter(r.patient for r in records).values()) == {1: 446, 2: 3208, 3: 181, 4: 15, 5: 1}
-    assert sum(data.present(r) == {"No Finding"} for r in of_patient.values()) > 1300
-    assert sum(r.report is None for r in of_patient.values()) < 28
 
 
 # ---------------------------------------------------------------------------------------- what breaks readers
