@@ -19,8 +19,10 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 
 import argparse
 import contextlib
+import copy
 import functools
 import inspect
+import itertools
 import json
 import re
 import subprocess
@@ -278,6 +280,18 @@ def chosen_classes(encoded, classes):
     return classes, encoded.present[:, columns], encoded.absent[:, columns]
 
 
+def with_one(present, absent):
+    """Rows with exactly one of the classes, the others known to be absent: two (N, C) bool -> (N,) bool.
+
+    Where another class is unknown, naming it may be right, so such rows cannot be scored; a note counts them.
+    """
+    one, known = present.sum(1) == 1, (present | absent).all(1)
+    if (one & ~known).any():
+        count = f"{(one & ~known).sum():,} of {one.sum():,} images with one of the classes"
+        data.note(f"{count} are left out of accuracies: whether they have another is unknown")
+    return one & known
+
+
 class Scored(NamedTuple):
     """Scores of N images for C findings, and what is known of these."""
 
@@ -294,7 +308,7 @@ class Scored(NamedTuple):
         return Scored(list(names), *parts, self.patients)
 
 
-def zero_shot(run, encoded, *, prompt_set=None, combine="mean-embedding", classes=None, valid=None):
+def zero_shot(run, encoded, *, prompt_set=None, combine="mean-embedding", classes=None, thresholds=None):
     """Classification by label prompts (paper) -> {metric: Measure}; see classification and at_thresholds.
 
     "pair AUROC" is by a finding's score less that of the prompts of its absence (family: CheXzero, whose
@@ -302,11 +316,12 @@ def zero_shot(run, encoded, *, prompt_set=None, combine="mean-embedding", classe
 
     prompt_set: see read_prompts; None is the template of training. combine: see COMBINE.
     classes: names; None takes all findings of the records.
-    valid: function -> Encoded, labelled images to choose thresholds by; None leaves these metrics out.
+    thresholds: split -> records of other patients, to choose them by; None leaves their metrics out.
     """
     classes, present, absent = chosen_classes(encoded, classes)
     positive, negative = read_prompts(prompt_set or run.args.template, classes)
     texts = encode_findings(run, positive)
+    refuse_equal_prompts(run, positive)
 
     def scored(images, present, absent):
         scores = combined(images.image_features, texts, combine)
@@ -322,13 +337,13 @@ def zero_shot(run, encoded, *, prompt_set=None, combine="mean-embedding", classe
         measures |= by_finding("absence AUROC", auroc, swapped)
     if not measures:
         raise Lacking("zero-shot needs labels of two classes, and these data have none")
-    if valid:
+    if thresholds:
         try:
-            chosen_by = valid()
+            chosen_by = encode(run, labelled(thresholds("valid"), "valid"))
             labels = (each.numpy() for each in data.label_matrices(chosen_by.records, classes))
             measures |= at_thresholds(found, scored(chosen_by, *labels))
         except BadInput as error:
-            print(f"note: F1, MCC and binary accuracy are left out, for want of a threshold: {error}")
+            data.note(f"F1, MCC and binary accuracy are left out, for want of a threshold: {error}")
     return measures
 
 
@@ -361,7 +376,7 @@ def by_finding(kind, metric, scored, chance=lambda labels: 0.5):
 def classification(scored):
     """Accuracies over the images with exactly one finding, AUROCs and mAP -> Measures."""
     measures, names = {}, scored.names
-    single = scored.present.sum(1) == 1
+    single = with_one(scored.present, scored.absent)
     if single.any() and len(names) > 1:
         true, predicted = scored.present[single].argmax(1), scored.scores[single].argmax(1)
         told = baselines(scored.present[single]) | {"patients": scored.patients[single]}
@@ -457,40 +472,51 @@ def retrieved(images, texts, by_class):
     return measures
 
 
-def retrieval(run, encoded, *, sentences=None, training=None):
+def retrieval(run, encoded, *, sentences=None, others=None):
     """Images and texts, both ways -> {"i2t_P@1": Measure, ...}.
 
-    P@K (class level, paper) over the reports with known findings; R@K and median rank (instance level) over
-    all reports: a text that several images have is one candidate; as a query, it looks for any of them.
+    P@K (class level, paper) over the reports of images of which each finding is known; R@K and median rank
+    (instance level) over all reports: a text that several images have is one candidate; as a query, it looks
+    for any of them.
 
     sentences: so many of each finding, see class_sentences, in place of the reports; the images are those
-    with exactly one finding, and there is no instance level. training: () -> records with their reports.
+    with exactly one finding, and there is no instance level. others: split -> records of other patients.
     """
     images, patients = torch.as_tensor(encoded.image_features), encoded.patients
     if sentences:
-        single = encoded.present.sum(1) == 1
+        single = with_one(encoded.present, encoded.absent)
         if not single.any():
             raise Lacking("sentences need images with exactly one finding, and these data have none")
         columns = np.flatnonzero(encoded.present[single].any(0))
         findings = [encoded.findings[column] for column in columns]
-        texts, text_labels = class_sentences(training(), findings, sentences)
+        texts, text_labels = class_sentences(others("train", *run.args.data), findings, sentences)
         image_sets, text_sets = label_sets(encoded.present[single][:, columns], text_labels)
         texts = torch.as_tensor(encode_texts(run, texts)), text_sets, None
         return retrieved((images[single], image_sets, patients[single]), texts, by_class=True)
     if not len(encoded.report_features):
         raise Lacking("retrieval needs reports, and these data have none")
     rows = encoded.report_rows
-    images, patients, labels, measures = images[rows], patients[rows], encoded.present[rows], {}
-    text = numbered(" ".join(encoded.records[row].report.split()) for row in rows)
-    first = np.unique(text, return_index=True)[1]
-    texts = torch.as_tensor(encoded.report_features[first])
-    known = labels.any(1)
+    (images, text, patients), (texts, *_) = instances(encoded)
+    labels, measures = encoded.present[rows], {}
+    known = labels.any(1) & (encoded.present | encoded.absent)[rows].all(1)
+    if (~known & labels.any(1)).any():
+        count = f"{(~known & labels.any(1)).sum():,} of {labels.any(1).sum():,} reports with findings"
+        data.note(f"{count} are left out of P@K: whether their images have others is unknown")
     if known.any():  # copies of a text have one and the same feature, so they tie
         (sets,) = label_sets(labels[known])
         sides = ((each[known], sets, patients[known]) for each in (images, texts[text]))
         measures |= retrieved(*sides, by_class=True)
-    texts = texts, torch.arange(len(texts)), patients[first]
-    return measures | retrieved((images, torch.tensor(text), patients), texts, by_class=False)
+    return measures | retrieved(*instances(encoded), by_class=False)
+
+
+def instances(encoded):
+    """Images with a report, and the different reports -> features, numbers of the texts, patients of each."""
+    rows = encoded.report_rows
+    text = numbered(" ".join(encoded.records[row].report.split()) for row in rows)
+    first = np.unique(text, return_index=True)[1]
+    patients, features = encoded.patients[rows], torch.as_tensor(encoded.report_features[first])
+    images = torch.as_tensor(encoded.image_features[rows]), torch.tensor(text), patients
+    return images, (features, torch.arange(len(first)), patients[first])
 
 
 def drawn_by_patient(records, percent, seed):
@@ -508,6 +534,7 @@ def transfer(encoded, scores):
     scores: {percent of the patients: [(N, C) scores of the evaluated records by each classifier]}
     """
     measures, present, known = {}, encoded.present, encoded.present | encoded.absent
+    one_class = known.all() and (present.sum(1) == 1).all() and present.shape[1] > 1
 
     def aurocs(right, *labels):
         return [mean_auroc(right[..., t], *labels) for t in range(right.shape[-1])]
@@ -515,7 +542,7 @@ def transfer(encoded, scores):
     for percent, each in scores.items():
         each = np.stack(each, axis=2)  # (N, C, draws)
         told = {"patients": encoded.patients, "counts": {"trained": each.shape[2]}}
-        if (present.sum(1) == 1).all() and present.shape[1] > 1:
+        if one_class:
             right = each.argmax(1) == present.argmax(1)[:, None]
             accuracies = partial(np.mean, axis=0)
             measures[f"{percent:g} % accuracy"] = Measure(accuracies, (right,), **baselines(present), **told)
@@ -548,105 +575,164 @@ def logistic_regression(features, present, absent, penalty, steps=100):
     return weight.detach()
 
 
-def probe_scores(train, valid, test, labels, valid_labels):
-    """(N, C) scores of the test rows by the regression whose penalty is best on the validation rows.
+def probe_scores(train, test, present, absent, folds):
+    """(N, C) scores of the test rows by the regression whose penalty is best across the folds.
 
-    train, valid, test: (rows, F) float32. labels: present and absent, (rows, C) bool tensors each.
+    train, test: (rows, F) float32. present, absent: (rows, C) bool tensors. folds: (rows,) int, of a patient.
     """
     mean, std = train.mean(0), train.std(0) + 1e-6
-    train, valid, test = (torch.from_numpy((part - mean) / std) for part in (train, valid, test))
-    present, absent = (each.numpy() for each in valid_labels)
+    train, test = (torch.from_numpy((part - mean) / std) for part in (train, test))
 
-    def fit(weight):
-        return mean_auroc((valid @ weight[:-1]).numpy(), present, present | absent)
+    def fit(penalty):
+        scores = torch.zeros(present.shape)
+        for fold in range(FOLDS):
+            out = torch.from_numpy(folds == fold)
+            weight = logistic_regression(train[~out], present[~out], absent[~out], penalty)
+            scores[out] = train[out] @ weight[:-1] + weight[-1]
+        return np.nan_to_num(mean_auroc(scores.numpy(), present.numpy(), (present | absent).numpy()))
 
-    penalties = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-    weight = max((logistic_regression(train, *labels, penalty) for penalty in penalties), key=fit)
+    weight = logistic_regression(train, present, absent, max((1.0, 1e-1, 1e-2, 1e-3, 1e-4), key=fit))
     return (test @ weight[:-1] + weight[-1]).numpy()
+
+
+FOLDS = 3  # of the linear probe's cross-validation
 
 
 def linear_probe(run, encoded, *, others, fractions=(1, 10, 100), repeats=5):
     """A linear classifier on the frozen image tower's features, trained on shares of the training patients.
 
-    The features are standardised by the training records. The mean AUROC on the validation split chooses the
-    penalty, see probe_scores.
+    The features are standardised by the training records; cross-validation within the share, patients apart,
+    chooses the penalty. Beside it stand two trivial baselines: "pixels", the same on 16 x 16 pixels, and
+    "untrained", on a tower of the same sizes with random weights.
 
-    others: split -> Encoded of its labelled images of patients that are not evaluated.
+    others: split -> records of patients that are not evaluated.
     fractions: percent of the training patients. repeats: draws of each fraction but 100.
     """
-    train, valid = others("train"), others("valid")
-    labels, valid_labels = (data.label_matrices(each.records, encoded.findings) for each in (train, valid))
-    if not torch.logical_and(*(each.any(0) for each in valid_labels)).any():
-        raise Lacking("no evaluated finding is both present and absent in the valid split, to choose by")
-    scores = {percent: [] for percent in fractions}
+    records = labelled(others("train"), "train")
+    train, labels = encode(run, records), data.label_matrices(records, encoded.findings)
+    features = {
+        "": (train.pooled, encoded.pooled),
+        ", pixels": (train.pixels, encoded.pixels),
+        ", untrained": tuple(encode(untrained(run), each).pooled for each in (records, encoded.records)),
+    }
     draws = [(percent, n) for percent in fractions for n in range(1 if percent == 100 else repeats)]
-    for percent, n in progress(draws, "linear probe", unit="classifier"):
-        rows = drawn_by_patient(train.records, percent, n)
-        of_rows = [each[rows] for each in labels]
-        features = train.pooled[rows], valid.pooled, encoded.pooled
-        scores[percent].append(probe_scores(*features, of_rows, valid_labels))
-    return transfer(encoded, scores)
+    measures, bar = {}, progress(draws * len(features), "linear probe", unit="classifier")
+    for name, (of_train, of_test) in features.items():
+        scores = {percent: [] for percent in fractions}
+        for percent, n in draws:
+            rows = drawn_by_patient(records, percent, n)
+            patients = np.unique(train.patients[rows], return_inverse=True)[1]
+            folds = np.random.default_rng(n).permutation(len(rows))[patients] % FOLDS
+            found = probe_scores(of_train[rows], of_test, *(each[rows] for each in labels), folds)
+            scores[percent].append(found)
+            bar.update()
+        measures |= {f"{metric}{name}": each for metric, each in transfer(encoded, scores).items()}
+    bar.close()
+    if not measures:
+        raise Lacking("no finding is both present and absent in the evaluated images")
+    return measures
+
+
+def labelled(records, split):
+    """Those with a known finding; without reports, which nobody looks at."""
+    found = [replace(record, report=None) for record in records if record.labels]
+    if not found:
+        raise Lacking(f"no labelled record of the {split} split is left beside the evaluated patients")
+    return found
+
+
+def untrained(run):
+    """The run with an image tower of the same sizes whose weights are random."""
+    model = copy.deepcopy(run.model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model.image_encoder = build_image_encoder(run.args).to(run.device)
+    return run._replace(model=model)
 
 
 def prompt_sensitivity(run, encoded, *, classes=None):
     """How much the wording of the prompts changes zero-shot classification (the paper's motivation).
 
-    The accuracy of each of prompts.variants over the images with exactly one of the classes, and their mean,
-    spread (standard deviation) and worst. "negated" prompts say the opposite and stay out of these three: a
-    model that understands "no" is below chance with them.
+    The accuracy of the trained prompt and of each of prompts.variants over the images with exactly one of the
+    classes. Variants of the same tokens count once. "drop" is the trained prompt's accuracy less the mean of
+    the others. "negated" prompts say the opposite and stay out of mean, worst and drop: a model that
+    understands "no" is below chance with them.
     """
-    classes, present, _ = chosen_classes(encoded, classes)
-    single = present.sum(1) == 1
+    classes, present, absent = chosen_classes(encoded, classes)
+    single = with_one(present, absent)
     if len(classes) < 2 or not single.any():
         raise Lacking("prompt-sensitivity needs images with exactly one of two classes; these data have none")
-    right = {}
+    right, seen = {}, set()
     for variant, texts in prompts.variants(classes, run.args.template).items():
-        scores = combined(encoded.image_features[single], encode_findings(run, texts), "mean-embedding")
-        right[variant] = scores.argmax(1) == present[single].argmax(1)
-    said = np.stack([each for variant, each in right.items() if variant != "negated"], axis=1)
-    patients = encoded.patients[single]
+        tokens = repr(token_lists(run, texts))
+        if tokens not in seen:
+            seen.add(tokens)
+            scores = combined(encoded.image_features[single], encode_findings(run, texts), "mean-embedding")
+            right[variant] = scores.argmax(1) == present[single].argmax(1)
+    trained, *others = (each for variant, each in right.items() if variant != "negated")
+    if not others:
+        raise Lacking("prompt-sensitivity needs prompts that differ from the trained one in their tokens")
+    patients, others = encoded.patients[single], np.stack(others, axis=1)
     told = baselines(present[single]) | {"patients": patients}
     return {
-        "mean": Measure(np.mean, (said,), counts={"variants": said.shape[1]}, **told),
-        "worst": Measure(lambda right: right.mean(0).min(), (said,), **told),
-        "spread": Measure(lambda right: right.mean(0).std(), (said,), patients=patients),
+        "drop": Measure(lambda one, others: one.mean() - others.mean(), (trained, others), patients=patients),
+        "mean": Measure(np.mean, (others,), counts={"variants": others.shape[1]}, **told),
+        "worst": Measure(lambda right: right.mean(0).min(), (others,), **told),
         **{variant: Measure(np.mean, (each,), **told) for variant, each in right.items()},
     }
 
 
+class HiddenPrompt(prompts.ContinuousPrompt):
+    """Vectors that nothing attends to: all that is left of them is that the text's positions are later."""
+
+    def forward(self, embeddings, attention_mask):
+        embeddings, attention_mask = super().forward(embeddings, attention_mask)
+        attention_mask[:, 1 : 1 + len(self.context)] = 0
+        return embeddings, attention_mask
+
+
+def controls(prompt):
+    """What can stand in the place of the trained vectors -> {name: ContinuousPrompt, None for plain text}."""
+    if prompt is None:
+        return {"without vectors": None}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        zeros, noise = (prompts.ContinuousPrompt(*prompt.context.shape) for _ in range(2))
+        hidden = HiddenPrompt(*prompt.context.shape)
+    torch.nn.init.zeros_(zeros.context)
+    made = {"zeros": zeros, "untrained vectors": noise, "positions alone": hidden}
+    made = {name: each.to(prompt.context.device) for name, each in made.items()}
+    return {"trained vectors": prompt, **made, "without vectors": None}
+
+
 def prompt_words(run, encoded):
-    """Whether the continuous prompt brings label prompts nearer to the reports.
+    """What the trained vectors do, beside controls: zeros, untrained ones, and only the positions they take.
 
-    Of the reports with exactly one finding, and one prompt for each of their findings, with the vectors and
-    without: distance of the two centres, mean cosine of a report with its finding's prompt and with others'.
+    One prompt for each finding; images and reports with exactly one of them. "image" and "report": the share
+    whose nearest prompt is its finding's. "margin": a report's cosine with its finding's prompt less the mean
+    of the others. Prompts that are all alike, however near, are at chance in all three.
     """
-    labels = encoded.present[encoded.report_rows]
-    single = labels.sum(1) == 1
-    if not single.any():
-        raise Lacking("prompt-words needs reports of images with exactly one finding; these data have none")
-    columns = np.flatnonzero(labels[single].any(0))
-    labels, reports, measures = labels[single][:, columns], encoded.report_features[single], {}
-    patients = encoded.patients[encoded.report_rows[single]]
+    single = with_one(encoded.present, encoded.absent)
+    columns = np.flatnonzero(encoded.present[single].any(0))
+    of_reports = single[encoded.report_rows]
+    if len(columns) < 2 or not of_reports.any():
+        raise Lacking("prompt-words needs reports of images with exactly one of two findings; there are none")
+    rows, measures = encoded.report_rows[of_reports], {}
+    images, reports = encoded.image_features[single], encoded.report_features[of_reports]
     texts = [prompts.label_prompt(encoded.findings[column], run.args.template) for column in columns]
-
-    def gap(centre, reports):
-        return np.linalg.norm(reports.mean(0) - centre)
-
-    for way, as_prompts in (("with the vectors", True), ("without", False)):
-        features = encode_texts(run, texts, as_prompts)
-        cosine = reports @ features.T
-        own = cosine[labels]
+    own, own_of_report = (encoded.present[each][:, columns] for each in (single, rows))
+    for name, vectors in controls(run.model.prompt).items():
+        features = encode_texts(run, texts, as_prompts=True, prompt=vectors)
+        of_image, of_report = images @ features.T, reports @ features.T
+        with_own = of_report[own_of_report]
         found = {
-            "distance to the reports": (partial(gap, features.mean(0)), reports),
-            "cosine with the own reports": (np.mean, own),
+            "image": (np.mean, of_image.argmax(1) == own.argmax(1), single),
+            "report": (np.mean, of_report.argmax(1) == own_of_report.argmax(1), rows),
+            "margin": (np.mean, with_own - (of_report.sum(1) - with_own) / (len(columns) - 1), rows),
         }
-        if len(texts) > 1:
-            found["cosine with other reports"] = np.mean, (cosine.sum(1) - own) / (len(texts) - 1)
-        for name, (metric, rows) in found.items():
-            measures[f"{name}, {way}"] = Measure(metric, (rows,), patients=patients)
-    if run.model.prompt is not None:
-        norms = run.model.prompt.context.detach().norm(dim=1).cpu().numpy()
-        measures["norm of the vectors"] = Measure(np.mean, (norms.mean(keepdims=True),))  # one row in any run
+        for kind, (metric, values, of) in found.items():
+            chance = 0 if kind == "margin" else 1 / len(columns)
+            measures[f"{kind}, {name}"] = Measure(metric, (values,), chance, patients=encoded.patients[of])
     return measures
 
 
@@ -661,20 +747,26 @@ TASKS = {
 MAIN_ROWS = {
     "zero-shot": ("accuracy", "balanced accuracy", "AUROC mean"),
     "retrieval": ("i2t_P@1", "t2i_P@1", "i2t_R@10", "t2i_R@10"),
-    "prompt-sensitivity": ("mean", "worst", "spread"),
+    "prompt-sensitivity": ("drop", "mean", "worst"),
 }
 
 
 def quick_scores(run, records):
-    """What train watches after each epoch -> {name: float}; of one finding alone, its AUROC."""
+    """What train watches after each epoch, over all images of the validation split -> {name: float}."""
     if not records:  # all of their patients may be held out
         return {}
-    encoded, measures = encode(run, records), {}
-    for task in (zero_shot, retrieval):
-        with contextlib.suppress(Lacking):
-            measures |= task(run, encoded)
-    watched = [name for name in ("balanced accuracy", "i2t_P@1") if name in measures] or ["AUROC mean"]
-    return {name: measures[name].value for name in watched if name in measures}
+    encoded, found = encode(run, records), {}
+    if encoded.findings:
+        texts = prompts.prompt_set(encoded.findings, run.args.template)
+        scores = combined(encoded.image_features, encode_findings(run, texts), "mean-embedding")
+        found["AUROC mean"] = mean_auroc(scores, encoded.present, encoded.present | encoded.absent)
+    if len(encoded.report_features):
+        ranked = retrieved(*instances(encoded), by_class=False)
+        name = [name for name in ("i2t_R@1", "i2t_R@5", "i2t_R@10") if name in ranked][
+            -1
+        ]  # K of so few texts
+        found[name] = ranked[name].value
+    return {name: value for name, value in found.items() if not np.isnan(value)}
 
 
 # ------------------------------------------------------------------------------------ runs and checkpoints
@@ -862,6 +954,7 @@ class Encoded(NamedTuple):
     present: np.ndarray  # (N, C) bool
     absent: np.ndarray  # (N, C) bool
     pooled: np.ndarray  # (N, F) float32, the image tower's features before the projection
+    pixels: np.ndarray  # (N, 256) float32 of a grey image, shrunk to 16 x 16
 
     @property
     def patients(self):
@@ -886,7 +979,7 @@ def encode(run, records):
     batch_bytes = run.batch_size * run.args.channels * run.args.image_size**2
     options = {"batch_size": run.batch_size, "collate_fn": collate}
     loader = data.loader(images, run.args.workers, batch_bytes, **options)
-    pooled, image_features, report_features, report_rows = ([] for _ in range(4))
+    pooled, pixels, image_features, report_features, report_rows = ([] for _ in range(5))
     for batch in progress(data.readable(loader), "images and reports", total=len(loader), unit="batch"):
         report_rows.append(batch.rows[batch.report_pairs.images])
         batch = data.to_device(batch, run.device)
@@ -894,6 +987,7 @@ def encode(run, records):
             features = run.model.image_encoder(data.normalise(batch.images))
             image_features.append(run.model.project_image(features))
             pooled.append(features.float().cpu())
+            pixels.append(torch.nn.functional.adaptive_avg_pool2d(batch.images.float(), 16).flatten(1).cpu())
             report_features += [run.model.encode_text(*piece) for piece in batch.reports]
     order = torch.cat(report_rows).argsort()  # Collate sorts the reports of a batch by length
     return Encoded(
@@ -903,7 +997,7 @@ def encode(run, records):
         finite_features(report_features or [torch.zeros(0, 1)])[order.numpy()],
         torch.cat(report_rows)[order].numpy(),
         *(labels.numpy() for labels in data.label_matrices(records, findings)),
-        torch.cat(pooled).numpy(),
+        *(torch.cat(parts).numpy() for parts in (pooled, pixels)),
     )
 
 
@@ -915,13 +1009,17 @@ def finite_features(parts):
     return features.numpy()
 
 
+TRAINED = object()  # the run's own continuous prompt
+
+
 @torch.no_grad()
-def encode_texts(run, texts, as_prompts=False):
-    """Reports, or label prompts with the continuous prompt put in -> (T, D) float32, unit length."""
+def encode_texts(run, texts, as_prompts=False, prompt=TRAINED):
+    """Reports, or label prompts with a continuous prompt put in, its own or another -> (T, D) float32."""
     run.model.eval()
     report_tokens = partial(data.tokenize, run.tokenizer, max_length=run.args.max_length)
     tokens_of = run.prompt_tokens if as_prompts else report_tokens
-    encode_part = run.model.encode_prompt if as_prompts else run.model.encode_text
+    vectors = (run.model.prompt if prompt is TRAINED else prompt) if as_prompts else None
+    encode_part = partial(run.model.encode_text, prompt=vectors)
     features = []
     for i in range(0, len(texts), run.batch_size):
         tokens = data.to_device(tokens_of(texts[i : i + run.batch_size]), run.device)
@@ -949,6 +1047,25 @@ def encode_prompts(run, findings):
     """The prompt of each finding as in training -> (C, D) float32, unit length."""
     texts = [prompts.label_prompt(finding, run.args.template) for finding in findings]
     return encode_texts(run, texts, as_prompts=True)
+
+
+def token_lists(run, texts):
+    """{finding: [prompt, ...]} -> a list of the prompts' tokens, as they are cut, for each finding."""
+    tokens = map(run.prompt_tokens, texts.values())
+    return [[row[mask.bool()].tolist() for row, mask in zip(*each, strict=True)] for each in tokens]
+
+
+def refuse_equal_prompts(run, texts):
+    """Refuses {finding: [prompt, ...]} of which two are the same to the run; notes prompts that are cut."""
+    tokens = dict(zip(texts, token_lists(run, texts), strict=True))
+    longest = run.prompt_tokens([text for each in texts.values() for text in each]).input_ids.shape[1]
+    whole = data.tokenize(run.tokenizer, [text for each in texts.values() for text in each], None)
+    cut = int((whole.attention_mask.sum(1) > longest).sum())
+    if cut:
+        data.note(f"{cut} of {len(whole.input_ids)} prompts are longer than {longest} tokens and are cut")
+    for name, other in itertools.combinations(texts, 2):
+        if sorted(tokens[name]) == sorted(tokens[other]):
+            raise BadInput(f"the prompts of {name!r} and {other!r} are the same to this run; word them apart")
 
 
 def encode_findings(run, texts):
@@ -1210,19 +1327,11 @@ def evaluate_run(args, path, out, run, records, chosen):
     encoded, results = encode(run, records), {}
 
     @functools.cache
-    def others(split):
-        left = data.hold_out(load_split(args, run, args.data, split), records)
-        labelled = [replace(record, report=None) for record in left if record.labels]  # reports: unused
-        if not labelled:
-            raise Lacking(f"no labelled record of the {split} split is left beside the evaluated patients")
-        return encode(run, labelled)
+    def others(split, *specs):
+        return data.hold_out(load_split(args, run, list(specs) or args.data, split), records)
 
-    def training():
-        return data.hold_out(load_split(args, run, run.args.data, "train"), records)
-
-    given = {**vars(args), "prompt_set": args.prompt_set or run.args.template}
-    given |= {"training": training, "others": others}
-    given["valid"] = partial(others, "valid") if args.all_metrics else None
+    given = {**vars(args), "prompt_set": args.prompt_set or run.args.template, "others": others}
+    given["thresholds"] = others if args.all_metrics else None
     tasks = list(TASKS) if "all" in args.task else list(dict.fromkeys(args.task))
     for task in tasks:
         options = {name: given[name] for name in inspect.signature(TASKS[task]).parameters if name in given}

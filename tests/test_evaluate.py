@@ -270,7 +270,8 @@ def test_features_that_are_not_finite_and_unreadable_images_are_refused(tiny_run
 @pytest.mark.parametrize("depth", [np.uint8, np.uint16])
 def test_paths_pictures_and_arrays_of_an_image_have_the_same_features(run, tmp_path, depth):
     """Also of 16 bits, which Pillow itself would clip at 255; an array has 8."""
-    grey, path = data.phantom("16", "valid")[0].image, tmp_path / "0.png"
+    grey, path = data.phantom("16", "valid")[0].image.copy(), tmp_path / "0.png"
+    grey[0] = 255  # more than one pixel, which alone would not set the exposure
     Image.fromarray(grey.astype(depth) * depth(1 if depth == np.uint8 else 257)).save(path)
     with Image.open(path) as picture:
         features = evaluate.encode_images(run, [path, picture, grey])

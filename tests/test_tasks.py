@@ -35,7 +35,7 @@ def hand_made(images, labels, reports=None, rows=None, **more):
     images = np.array(images, np.float32)
     reports = images if reports is None else np.array(reports, np.float32)
     rows = np.arange(len(reports)) if rows is None else np.array(rows)
-    return evaluate.Encoded(records, findings, images, reports, rows, present, absent, images)
+    return evaluate.Encoded(records, findings, images, reports, rows, present, absent, images, images)
 
 
 def values(measures):
@@ -65,6 +65,7 @@ def classify(run, monkeypatch):
         return [np.eye(3)[["ABC".index(name)]] for name in texts]
 
     monkeypatch.setattr(evaluate, "encode_findings", unit_vectors)
+    monkeypatch.setattr(evaluate, "refuse_equal_prompts", lambda *_: None)  # a tiny run knows no B
 
     def classify(scores, labels, absent=None, **options):
         return evaluate.zero_shot(run, hand_made(scores, labels, absent=absent), **options)
@@ -81,6 +82,12 @@ def test_accuracy_is_over_images_with_exactly_one_of_the_classes_by_the_nearest_
     assert found["accuracy"].chance == 1 / 3 and found["accuracy"].constant == 2 / 4  # "B" for all
     assert found["balanced accuracy"].constant == 1 / 3
     assert found["AUROC A"].chance == 1 / 2 and found["AUROC A"].constant is None
+
+
+def test_an_image_of_which_another_class_is_unknown_is_left_out_and_counted(classify, capsys):
+    found = classify([[3, 1, 2], [1, 3, 2], [1, 2, 3]], ["A", "A", "B"], ["BC", "B", "AC"])
+    assert len(found["accuracy"].arrays[0]) == 2 and found["accuracy"].value == 1 / 2
+    assert "1 of 3 images with one of the classes are left out" in capsys.readouterr().err
 
 
 def test_classes_restrict_the_choice(classify):
@@ -101,6 +108,7 @@ def test_zero_shot_uses_the_template_of_training(run, monkeypatch):
     used = []
     features = lambda run, texts: used.append(texts) or list(np.eye(2)[:, None])  # noqa: E731
     monkeypatch.setattr(evaluate, "encode_findings", features)
+    monkeypatch.setattr(evaluate, "refuse_equal_prompts", lambda *_: None)
     encoded = hand_made([[1, 0], [0, 1]], ["A", "B"], findings="AB")
     evaluate.zero_shot(run, encoded)
     evaluate.zero_shot(run, encoded, prompt_set="ensemble")
@@ -129,10 +137,12 @@ def test_the_pair_score_is_the_difference_between_presence_and_absence(run, monk
     }
 
 
-def test_the_threshold_is_the_best_of_the_validation_split(classify):
+def test_the_threshold_is_the_best_of_the_validation_split(classify, monkeypatch):
     """There A is best called from 2 on and B from 7 on; C is always there, so it has no threshold."""
     valid = hand_made([[2, 7, 0], [3, 0, 0], [1, 0, 0]], ["ABC", "AC", "C"])
-    found = classify([[2, 0, 0], [1, 5, 0], [5, 6, 0]], ["A", "AB", "C"], valid=lambda: valid)
+    monkeypatch.setattr(evaluate, "encode", lambda run, records: valid)
+    others = {"valid": valid.records}
+    found = classify([[2, 0, 0], [1, 5, 0], [5, 6, 0]], ["A", "AB", "C"], thresholds=others.get)
     assert found["F1 A"].counts["threshold"] == 2 and found["F1 B"].counts["threshold"] == 7
     # A: found, missed, called by mistake. B: never called, once missed.
     assert found["F1 A"].value == 1 / 2 and found["MCC A"].value == pytest.approx(-1 / 2)
@@ -145,14 +155,16 @@ def test_the_threshold_is_the_best_of_the_validation_split(classify):
 def test_what_training_watches_has_no_threshold(run, monkeypatch):
     monkeypatch.setattr(evaluate, "at_thresholds", lambda *_: pytest.fail("a threshold was chosen"))
     scores = evaluate.quick_scores(run, data.load_records(["phantom=16"], "valid", 20))
-    assert list(scores) == ["balanced accuracy", "i2t_P@1"]
+    assert list(scores) == ["AUROC mean", "i2t_R@10"]
 
 
-def test_without_labels_to_choose_a_threshold_by_a_note_says_so(classify, capsys):
-    found = classify(np.eye(3), "ABC", valid=lambda: hand_made(np.eye(3)[:2], "AA"))
+def test_without_labels_to_choose_a_threshold_by_a_note_says_so(classify, monkeypatch, capsys):
+    valid = hand_made(np.eye(3)[:2], "AA")
+    monkeypatch.setattr(evaluate, "encode", lambda run, records: valid)
+    found = classify(np.eye(3), "ABC", thresholds=lambda split: valid.records)
     assert not any(name.startswith(("F1", "MCC", "binary")) for name in found) and "accuracy" in found
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("note: F1, MCC and binary accuracy are left out")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "F1, MCC and binary accuracy are left out" in line
 
 
 # ------------------------------------------------------------------------------------------ prompts of a file
@@ -210,6 +222,13 @@ def test_chance_is_that_of_a_blind_draw_and_pairs_without_findings_count_for_rec
     assert len(found["i2t_P@1"].arrays[0]) == 2 and len(found["i2t_R@1"].arrays[0]) == 3
 
 
+def test_reports_of_images_with_unknown_findings_are_left_out_of_p_at_k_and_counted(run, capsys):
+    encoded = hand_made(np.eye(4), "ABAB", absent=["BC", "AC", "B", "AC"])
+    found = evaluate.retrieval(run, encoded)
+    assert len(found["i2t_P@1"].arrays[0]) == 3 and len(found["i2t_R@1"].arrays[0]) == 4
+    assert "1 of 4 reports with findings are left out of P@K" in capsys.readouterr().err
+
+
 def test_a_text_that_stands_twice_is_one_candidate_and_one_query(run):
     """It is right for both of its images, and looks for any of them."""
     encoded = hand_made(np.eye(3), "AAB", np.eye(3)[[0, 0, 2]])
@@ -237,7 +256,7 @@ def test_sentences_of_a_finding_are_those_of_its_reports_alone_drawn_by_the_seed
 def test_sentences_are_of_the_findings_that_an_image_has_alone(run):
     records = [replace(records_of("A")[0], report="Big heart.")]  # none says anything of B
     encoded = hand_made(np.eye(2, 16), ["A", "AB"])
-    found = evaluate.retrieval(run, encoded, sentences=1, training=lambda: records)
+    found = evaluate.retrieval(run, encoded, sentences=1, others=lambda *_: records)
     assert found["i2t_P@1"].value == found["t2i_P@1"].value == 1
 
 
@@ -289,9 +308,9 @@ def test_a_probe_takes_what_is_known_of_patients_that_are_not_evaluated(on_recor
     monkeypatch.setattr(evaluate, "encode", lambda run, found: taken.append(found) or encode(run, found))
     for train in (records, records[:1]):
         splits = {"train": train, "valid": train, "test": records[:1]}
-        assert on_records(splits, "--task", "linear-probe") == 2  # in no validation image is A present
+        assert on_records(splits, "--task", "linear-probe") == 2  # the one test image has A
     ids = [[(record.id, record.report) for record in found] for found in taken[1:3]]
-    assert ids == [[(id, None) for id in "124"]] * 2
+    assert ids[0] == [(id, None) for id in "124"]
     assert "no labelled record of the train split is left" in capsys.readouterr().err
 
 
@@ -307,17 +326,48 @@ def test_transfer_is_the_mean_over_the_training_draws_and_its_interval_draws_the
     assert evaluate.transfer(several, {10: [np.eye(3)]}).keys() == {"10 % AUROC mean"}
 
 
-def test_a_linear_probe_reads_what_the_features_hold_and_needs_labels_to_choose_by(run):
+def test_a_linear_probe_reads_what_the_features_hold_beside_pixels_and_an_untrained_tower(run, monkeypatch):
     rng, labels = np.random.default_rng(0), "ABC" * 20
     clean = np.eye(3)[["ABC".index(label) for label in labels]]
-    encoded, train, valid = (hand_made(clean + 0.05 * rng.normal(size=clean.shape), labels) for _ in range(3))
-    others = {"train": train, "valid": valid}
-    found = evaluate.linear_probe(run, encoded, others=others.get, fractions=(20, 100), repeats=2)
+    test, train = (hand_made(clean + 0.05 * rng.normal(size=clean.shape), labels) for _ in range(2))
+    blank = {True: np.zeros((60, 3), np.float32), False: None}
+
+    def encode(given, records):
+        found = test if records is test.records else train
+        pixels = rng.normal(size=(60, 3)).astype(np.float32)
+        return found._replace(pixels=pixels, pooled=found.pooled if given is run else blank[True])
+
+    monkeypatch.setattr(evaluate, "encode", encode)
+    encoded = encode(run, test.records)
+    options = {"others": lambda split: train.records, "fractions": (20, 100), "repeats": 2}
+    found = evaluate.linear_probe(run, encoded, **options)
     assert found["100 % accuracy"].value == 1 and found["20 % accuracy"].counts == {"trained": 2}
     assert found["100 % accuracy"].constant == pytest.approx(1 / 3)
-    others["valid"] = hand_made(np.eye(2), "AA")
-    with pytest.raises(BadInput, match="valid"):
-        evaluate.linear_probe(run, encoded, others=others.get)
+    assert found["100 % accuracy, untrained"].value == pytest.approx(1 / 3)
+    assert found["100 % accuracy, pixels"].value < 0.6
+
+
+def test_the_untrained_tower_differs_in_the_image_encoder_alone(run):
+    twin = evaluate.untrained(run)
+    pairs = zip(run.model.named_parameters(), twin.model.parameters(), strict=True)
+    changed = {name.split(".")[0] for (name, one), other in pairs if not torch.equal(one, other)}
+    assert changed == {"image_encoder"}
+
+
+def test_the_penalty_is_chosen_by_patients_of_the_share_alone():
+    """Noise of 30 columns and 40 rows: a weak penalty fits each fold's noise, a strong one does not."""
+    rng = np.random.default_rng(0)
+    train, test = rng.normal(size=(2, 40, 30)).astype(np.float32)
+    present = torch.tensor(rng.random((40, 2)) < 0.5)
+    folds = np.arange(40) % evaluate.FOLDS
+    scores = evaluate.probe_scores(train, test, present, ~present, folds)
+    tried = [
+        logistic_regression(torch.from_numpy((train - train.mean(0)) / train.std(0)), present, ~present, p)
+        for p in (1.0, 1e-4)
+    ]
+    strong, weak = (np.abs(weight[:-1].numpy()).sum() for weight in tried)
+    chosen = np.abs(scores - scores.mean(0)).max()
+    assert chosen < np.abs(test @ tried[1][:-1].numpy()).max() and strong < weak
 
 
 def test_results_name_the_fractions_the_variants_and_what_is_near(tiny_run, tmp_path):
@@ -325,17 +375,21 @@ def test_results_name_the_fractions_the_variants_and_what_is_near(tiny_run, tmp_
     flags = ["--fractions", "10", "100", "--repeats", "2", "--limit", "30", "--out", str(tmp_path / "r.json")]
     assert evaluate.main(["--checkpoint", str(tiny_run), "--task", *tasks, *flags]) == 0
     found = {each["task"]: each["metrics"] for each in json.loads((tmp_path / "r.json").read_text()).values()}
-    metrics = [f"{percent} % {metric}" for percent in (10, 100) for metric in ("accuracy", "AUROC mean")]
+    metrics = [
+        f"{percent} % {metric}{baseline}"
+        for baseline in ("", ", pixels", ", untrained")
+        for percent in (10, 100)
+        for metric in ("accuracy", "AUROC mean")
+    ]
     assert list(found["linear-probe"]) == metrics
-    assert [entry["trained"] for entry in found["linear-probe"].values()] == [2, 2, 1, 1]
+    assert [entry["trained"] for entry in found["linear-probe"].values()] == [2, 2, 1, 1] * 3
     variants = prompts.variants(data.PHANTOM_FINDINGS, "caption").keys()
-    assert found["prompt-sensitivity"].keys() == {"mean", "worst", "spread"} | variants
-    kinds = ("distance to the reports", "cosine with the own reports", "cosine with other reports")
-    words = {f"{kind}, {way}" for kind in kinds for way in ("with the vectors", "without")}
-    assert found["prompt-words"].keys() == words | {"norm of the vectors"}
-    norm = evaluate.load_run(tiny_run).model.prompt.context.norm(dim=1).mean().item()
-    entry = found["prompt-words"]["norm of the vectors"]
-    assert entry["value"] == pytest.approx(norm) and entry["n"] == 1  # as for any number of vectors
+    shown = found["prompt-sensitivity"].keys()
+    assert shown >= {"drop", "mean", "worst", "negated"} and shown - {"drop", "mean", "worst"} <= variants
+    assert "caption, upper case" not in shown  # to a vocabulary without capitals it is the trained prompt
+    ways = ("trained vectors", "zeros", "untrained vectors", "positions alone", "without vectors")
+    words = {f"{kind}, {way}" for kind in ("image", "report", "margin") for way in ways}
+    assert found["prompt-words"].keys() == words
 
 
 # -------------------------------------------------------------------------------------------------- wording
@@ -349,28 +403,58 @@ def test_the_first_variant_is_the_trained_prompt_and_no_two_are_the_same(templat
     assert len(texts) == len(set(texts))
 
 
-def test_mean_worst_and_spread_are_those_of_the_variants(run, monkeypatch):
-    """Two variants: one tells all apart, one none; the negated one does not count."""
-    monkeypatch.setattr(prompts, "variants", lambda findings, template: {"one": 0, "two": 1, "negated": 1})
+def test_drop_mean_and_worst_are_those_of_the_variants(run, monkeypatch):
+    """Of the two variants beside the trained prompt one tells all apart, one none; the negated is apart."""
+    texts = {"trained": 0, "two": 1, "three": 0, "same": 1, "negated": 1}
+    monkeypatch.setattr(prompts, "variants", lambda findings, template: texts)
     turn = [np.eye(3), np.roll(np.eye(3), 1, axis=0)]
+    tokens = iter("abcbd")  # "same" has the tokens of "two"
+    monkeypatch.setattr(evaluate, "token_lists", lambda run, texts: next(tokens))
     monkeypatch.setattr(evaluate, "encode_findings", lambda run, texts: list(turn[texts][:, None]))
     found = evaluate.prompt_sensitivity(run, hand_made(np.eye(3), "ABC"))
-    assert values(found) == {"mean": 0.5, "worst": 0, "spread": 0.5, "one": 1, "two": 0, "negated": 0}
-    assert found["spread"].chance is None and found["mean"].constant == found["mean"].chance == 1 / 3
+    assert values(found) == {"drop": 0.5, "mean": 0.5, "worst": 0} | {
+        "trained": 1, "two": 0, "three": 1, "negated": 0,
+    }  # fmt: skip
+    assert found["drop"].chance is None and found["mean"].constant == found["mean"].chance == 1 / 3
 
 
-# --------------------------------------------------------------------- continuous prompt and false negatives
+def test_prompts_that_are_the_same_to_the_run_are_refused_and_cut_ones_counted(run, capsys):
+    long = "edema " * 60
+    with pytest.raises(BadInput, match="'A' and 'B' are the same"):
+        evaluate.refuse_equal_prompts(run, {"A": [f"{long}left"], "B": [f"{long}right"]})
+    assert "2 of 2 prompts are longer than" in capsys.readouterr().err
+    evaluate.refuse_equal_prompts(run, {"A": ["edema"], "B": ["effusion"]})
+    assert not capsys.readouterr().err
 
 
-def test_distances_and_cosines_of_prompts_and_reports_by_hand(run, monkeypatch):
-    features = lambda run, texts, as_prompts: np.eye(3)[:2] * (1 + as_prompts)  # noqa: E731
-    monkeypatch.setattr(evaluate, "encode_texts", features)
-    found = values(evaluate.prompt_words(run, hand_made(np.eye(3)[:2], "AB", np.zeros((2, 3)))))
-    assert found["distance to the reports, without"] == pytest.approx(0.5**0.5)
-    assert found["distance to the reports, with the vectors"] == pytest.approx(2 * 0.5**0.5)
-    found = values(evaluate.prompt_words(run, hand_made(np.eye(3)[:2], "AB", [[0.8, 0.6, 0], [0, 1, 0]])))
-    assert found["cosine with the own reports, without"] == pytest.approx(0.9)
-    assert found["cosine with other reports, without"] == pytest.approx(0.3)
+# ----------------------------------------------------------------------------------------- continuous prompt
+
+
+def test_what_prompts_do_to_images_and_reports_by_hand_and_a_constant_is_at_chance(run, monkeypatch):
+    given = {"way": np.eye(2)}
+    monkeypatch.setattr(evaluate, "controls", lambda prompt: {"way": None})
+    monkeypatch.setattr(evaluate, "encode_texts", lambda *_, **__: given["way"])
+    encoded = hand_made(np.eye(2), "AB", [[0.8, 0.6], [0.9, 0.1]], findings="AB")
+    found = values(evaluate.prompt_words(run, encoded))
+    assert found == {"image, way": 1, "report, way": 0.5, "margin, way": pytest.approx((0.2 - 0.8) / 2)}
+    given["way"] = np.full((2, 2), 0.5**0.5)
+    found = values(evaluate.prompt_words(run, encoded))
+    assert found == {"image, way": 0.5, "report, way": 0.5, "margin, way": pytest.approx(0)}
+
+
+def test_controls_keep_the_number_of_vectors_and_positions_alone_only_move_the_text(run):
+    made = evaluate.controls(run.model.prompt)
+    assert not made["zeros"].context.any() and made["untrained vectors"].context.std() > 0
+    shapes = {each.context.shape for each in made.values() if each is not None}
+    assert shapes == {run.model.prompt.context.shape}
+    tokens, bert, m = run.prompt_tokens(["edema"]), run.model.text_encoder.bert, len(run.model.prompt.context)
+    with torch.no_grad():
+        ours = run.model.text_encoder(*tokens, made["positions alone"])
+        positions = torch.arange(tokens.input_ids.shape[1])
+        positions[1:] += m
+        hidden = bert(input_ids=tokens.input_ids, position_ids=positions[None]).last_hidden_state
+    torch.testing.assert_close(ours, hidden.mean(1), rtol=0, atol=1e-5)
+    assert evaluate.controls(None) == {"without vectors": None}
 
 
 # ------------------------------------------------------------------------------------------------- pictures
