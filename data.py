@@ -1117,7 +1117,7 @@ def dicom_view(position):
     return "LATERAL" if "LATERAL" in position or position in ("LL", "RL") else "UNKNOWN"
 
 
-def mimic_cxr(root, split):
+def mimic_cxr(root, split, section="both"):
     """MIMIC-CXR-JPG and the reports of MIMIC-CXR, files/ or mimic-cxr-reports.zip, in the official splits.
 
     Both are found up to four folders below root: physionet.org/files/mimic-cxr-jpg/2.0.0 after `wget -r`.
@@ -1126,10 +1126,11 @@ def mimic_cxr(root, split):
         root, "mimic-cxr-2.0.0-metadata.csv.gz"
     )
     records = mimic_table(metadata, {"valid": "validate"}.get(split, split))
-    reports = mimic_reports(root, list(dict.fromkeys(os.path.dirname(record.id) for record in records)))
+    studies = list(dict.fromkeys(os.path.dirname(record.id) for record in records))
+    reports = mimic_reports(root, studies, section)
     texts = [reports.get(os.path.dirname(r.id)) for r in records]
     if records and not any(texts):
-        note(f"{root} has no report of the split {split!r}; images and labels are used")
+        note(f"{root} has no report of the split {split!r}")
     return [replace(r, image=metadata.parent / r.id, report=t) for r, t in zip(records, texts, strict=True)]
 
 
@@ -1152,10 +1153,19 @@ def mimic_table(metadata, *splits):
     return records
 
 
-def mimic_reports(root, studies):
-    """{study: text} for those of files/p10/p10000032/s50414267, ... that have usable text.
+SECTIONS = {  # --section: impression before findings, so that cutting does not cut the conclusion (ours)
+    "both": ("impression", "findings"), "impression": ("impression",), "findings": ("findings",),
+}  # fmt: skip
+WITH_SECTIONS = ("mimic-cxr", "openi")
+SECTION_HELP = (
+    f"what to read of the reports of {' and '.join(WITH_SECTIONS)}; both begins with the impression"
+)
 
-    Impression before findings, so that cutting a long text does not cut the conclusion (ours).
+
+def mimic_reports(root, studies, section="both"):
+    """{study: text} for those of files/p10/p10000032/s50414267, ... that have usable text in the section.
+
+    Where a report has neither section, "both" takes its last paragraph, as the official parser does.
     """
     archive, reports = find(root, "mimic-cxr-reports.zip", deep=4), {}
     with reading(archive or root) as at:
@@ -1168,8 +1178,9 @@ def mimic_reports(root, studies):
             file, at.place = base / f"{study}.txt", f", {study}.txt,"
             if file.is_file():
                 with file.open("rb") as text:
-                    part = report_sections(text.read().decode()).get
-                reports[study] = join(part("impression"), part("findings")) or join(part("last_paragraph"))
+                    part = report_sections(text.read().decode())
+                last = part.get("last_paragraph") if section == "both" else None
+                reports[study] = join(*map(part.get, SECTIONS[section])) or join(last)
     return reports
 
 
@@ -1362,15 +1373,15 @@ def openi_reports(root):
             yield number, ElementTree.fromstring(open_file(text).read() if folder else text)
 
 
-def openi(root, split):
+def openi(root, split, section="both"):
     """Open-I: images, reports, MeSH headings; views where torchxrayvision's table is; split by report."""
     table, images, records = find_table(root, "nlmcxr_dicom_metadata.csv"), images_under(root), []
     rows = read_table(table, ("imageid", "View Position")) if table.exists() else ()
     positions = {row["imageid"]: row["View Position"] for _, row in rows}
     for number, report in openi_reports(root):
-        part = {each.get("Label"): each.text for each in report.iter("AbstractText")}
+        part = {each.get("Label", "").lower(): each.text for each in report.iter("AbstractText")}
         labels = mesh_labels(heading.text or "" for heading in report.iter("major"))
-        text = join(part.get("IMPRESSION"), part.get("FINDINGS"))
+        text = join(*map(part.get, SECTIONS[section]))
         for id in (image.get("id", "") for image in report.iter("parentImage")):
             # The first report alone has one number more in the XML than in the table.
             position = positions.get(id.replace("CXR1_1_", "CXR1_"))
@@ -1681,14 +1692,15 @@ def table_rows(chosen, images):
     return rows
 
 
-def pack(data, out, *, side, channels=1, views=FRONTAL, workers=2):
+def pack(data, out, *, side, channels=1, views=FRONTAL, section="both", workers=2):
     """Shrinks every image to `side` pixels a side, once, and writes a table; goes on where it was stopped.
 
     An image that is there, whole, of that size and newer than its source stays. Returns (number of images in
     the table, sentences on those that cannot be read, also in bad.txt).
     """
     out = Path(out)
-    splits = {s: [r for spec in dict.fromkeys(data) for r in read_split(spec, s)] for s in SPLITS}
+    specs = dict.fromkeys(data)
+    splits = {s: [r for spec in specs for r in read_split(spec, s, section=section)] for s in SPLITS}
     check_patients(splits)
     refuse_repeats([r.id for r in chain(*splits.values())], f"{' and '.join(data)} has the image")
     chosen = [(split, r) for split, records in splits.items() for r in records if r.view in ("", *views)]
@@ -1785,7 +1797,7 @@ DATASETS = {
 }  # fmt: skip
 
 
-def read_split(spec, split, limit=None):
+def read_split(spec, split, limit=None, section="both"):
     """The records of one split of "NAME" or "NAME=ROOT", see read_records; no two have one id."""
     name, _, root = spec.partition("=")
     if name not in DATASETS:
@@ -1796,16 +1808,17 @@ def read_split(spec, split, limit=None):
     if name not in ("phantom", "csv") and not Path(root).is_dir():
         raise BadInput(f"the folder {root} of {name} is not there")
     options = {"limit": limit} if name == "phantom" and limit else {}
+    options |= {"section": section} if name in WITH_SECTIONS else {}
     records = DATASETS[name](root, split, **options)
     refuse_repeats([r.id for r in records], f"{name} in its split {split!r} has the image")
     return records
 
 
-def read_records(data, split, limit=None):
+def read_records(data, split, limit=None, section="both"):
     """Records of several data sets as their sources have them, all views, four states -> {spec: records}.
 
     data: ["NAME" or "NAME=ROOT", ...] with names of DATASETS. split: one of SPLITS, or "all".
-    limit: of phantoms, which have to be drawn, the first so many alone.
+    limit: of phantoms, which have to be drawn, the first so many alone. section: one of SECTIONS.
     Refuses a patient in two of the splits that are read. Where a csv table is mixed with other data these are
     all splits, since both may have the same patients.
     """
@@ -1813,19 +1826,41 @@ def read_records(data, split, limit=None):
     mixed = len(data) > 1 and any(spec.startswith("csv=") for spec in data)
     for part in SPLITS if mixed else wanted:
         specs = data if part in wanted else [spec for spec in data if not spec.startswith("phantom")]
-        found[part] = {spec: read_split(spec, part, limit) for spec in specs}
+        found[part] = {spec: read_split(spec, part, limit, section) for spec in specs}
     check_patients({part: [*chain(*records.values())] for part, records in found.items()})
     return {spec: [record for part in wanted for record in found[part][spec]] for spec in data}
 
 
-def load_records(data, split, limit=None, *, views=FRONTAL, uncertain="ignore"):
+def check_section(section, data):
+    """Refuses a choice of section for data sets whose reports have none."""
+    if section != "both" and not any(spec.partition("=")[0] in WITH_SECTIONS for spec in data):
+        way_out = "; a pack has the section that it was made with" if "csv" in "".join(data) else ""
+        raise BadInput(
+            f"--section {section} is for {' and '.join(WITH_SECTIONS)}, and none is in --data{way_out}"
+        )
+
+
+def check_reports(found, section="both"):
+    """Refuses training data, as read_records found them, in which a set that has reports shows none."""
+    records = [*chain(*found.values())]
+    for source in WITH_SECTIONS:
+        reports = [record.report for record in records if record.source == source]
+        if reports and not any(reports):
+            raise BadInput(
+                f"none of {len(reports):,} training images of {source} has a report (--section {section}); "
+                "its reports belong below the folder that --data names, beside the images, and "
+                "--no-image-text trains on labels alone"
+            )
+
+
+def load_records(data, split, limit=None, *, views=FRONTAL, uncertain="ignore", section="both"):
     """The records of a split to train on or to evaluate, settled.
 
     data: as for read_records, or what it found. views: to keep, beside images whose source never says it.
     limit: keep the first so many of each data set (smoke runs). Data sets of which nothing is left are named
     in a note; where this is so of all, Lacking is raised.
     """
-    found = data if isinstance(data, dict) else read_records(data, split, limit)
+    found = data if isinstance(data, dict) else read_records(data, split, limit, section)
     records, lacking = [], []
     for spec, read in found.items():
         kept = [settle(r, uncertain) for r in [r for r in read if r.view in ("", *views)][:limit]]
@@ -1913,8 +1948,9 @@ def protocol(args):
 def run_pack(args):
     """Packs data sets -> exit status."""
     os.umask(0o077)  # a pack holds reports and pictures of patients
-    options = {"channels": args.channels, "views": args.views, "workers": args.workers}
-    good, bad = pack(args.data, args.out, side=args.image_size, **options)
+    check_section(args.section, args.data)
+    options = {"channels": args.channels, "views": args.views, "section": args.section}
+    good, bad = pack(args.data, args.out, side=args.image_size, workers=args.workers, **options)
     if bad:
         print(f"{len(bad):,} images cannot be read and are left out; {args.out}/bad.txt names all:")
         print("\n".join(bad[:3]))
@@ -1970,6 +2006,7 @@ def build_parser():
     data_options(add)
     add("--out", required=True, metavar="FOLDER")
     add("--views", nargs="+", choices=VIEWS, default=FRONTAL, help="images to keep")
+    add("--section", choices=SECTIONS, default="both", help=SECTION_HELP)
     add("--image-size", type=size, default=256, help="pixels a side, the model's or more")
     add("--channels", type=int, choices=MODES, default=1, help="1 packs grey, 3 colour")
     return p

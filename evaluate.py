@@ -890,7 +890,8 @@ def read_checkpoint(path):
 def run_from_checkpoint(state, device):
     """What read_checkpoint gives -> Run in evaluation mode."""
     with refusing(state["path"]):
-        args = argparse.Namespace(**{"channels": 1} | state["args"])  # older runs have grey images
+        older = {"channels": 1, "section": "both"}  # what runs had before there was an option
+        args = argparse.Namespace(**older | state["args"])
         fields = json.loads(state["bert"])
         fields = {name: fields[name] for name in BERT_FIELDS if name in fields}
         if not max(fields.get("num_hidden_layers", 0), *args.swin_depths) <= len(state["model"]):
@@ -1214,7 +1215,8 @@ def parse_args(argv=None):
 
 def load_split(args, run, specs, split):
     """The records of a split of these data sets, read as the run read its own."""
-    return data.load_records(specs, split, args.limit, views=run.args.views, uncertain=run.args.uncertain)
+    chosen = {name: getattr(run.args, name) for name in ("views", "uncertain", "section")}
+    return data.load_records(specs, split, args.limit, **chosen)
 
 
 def result_of(task, args, run, encoded, checkpoint, chosen, measures, options):
@@ -1367,7 +1369,8 @@ def evaluate(args):
         run.model.to(resolve_machine(run.args))
     args.data = args.data or runs[0].args.data
     if args.ids:
-        known = [r for found in data.read_records(args.data, "all").values() for r in found]
+        found = data.read_records(args.data, "all", section=runs[0].args.section)
+        known = [record for records in found.values() for record in records]
         listed = data.pick_listed(known, data.read_ids(args.ids), " and ".join(args.data))
         records = [data.settle(record, runs[0].args.uncertain) for record in listed[: args.limit]]
         chosen = f"list {args.ids}"

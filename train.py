@@ -220,6 +220,7 @@ def build_parser():
         help="images to keep, where their data set says the view; default the frontal ones")
     add("--uncertain", choices=data.UNCERTAIN, default="ignore",
         help="what a labeler's -1 becomes: unknown, 0, 1, or each of the two by finding")
+    add("--section", choices=data.SECTIONS, default="both", help=data.SECTION_HELP)
     add("--findings", nargs="+", type=data.text, metavar="NAME",
         help="labels to learn from; the mask sees no others either")
     add("--hold-out", nargs="+", default=[], metavar="FILE",
@@ -301,6 +302,7 @@ def parse_args(argv=None):
         parser.error(f"--template {args.template!r} is none of {', '.join(prompts.TEMPLATES)} and lacks {{}}")
     if args.freeze_text and args.text_model == SMALL_BERT:
         raise BadInput("--freeze-text keeps a pre-trained text tower; name it by --text-model")
+    data.check_section(args.section, args.data)
     if args.hold_out_data and not args.hold_out:
         raise BadInput("--hold-out-data says where the images of --hold-out are; name their list")
     if args.out is None:
@@ -521,7 +523,9 @@ def load_splits(args):
     It leaves out the patients of the listed images, and those of near copies of these.
     """
     names = data.SPLITS if args.hold_out else data.SPLITS[:2]
-    read = {split: data.read_records(args.data, split, args.limit) for split in names}
+    read = {split: data.read_records(args.data, split, args.limit, args.section) for split in names}
+    if args.image_text:
+        data.check_reports(read["train"], args.section)
     listed, splits = [], []
     if args.hold_out:
         found = [*read.values(), data.read_records(args.hold_out_data, "all")]

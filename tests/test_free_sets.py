@@ -3,6 +3,7 @@
 import json
 import shutil
 import tarfile
+from argparse import Namespace
 from collections import Counter
 from itertools import product
 
@@ -241,3 +242,14 @@ def test_images_and_labels_without_reports_are_trained_and_evaluated(kind, pretr
     assert evaluate.main(["--checkpoint", str(tmp_path / "run")]) == 0
     (result,) = json.loads((tmp_path / "run" / "results.json").read_text()).values()
     assert result["task"] == "zero-shot" and result["counts"]["reports"] == 0
+
+
+def test_evaluation_reads_the_section_of_the_run_and_older_runs_read_both(tiny_run, run, tmp_path):
+    state = evaluate.read_checkpoint(tiny_run / "last.pt")
+    assert state["args"].pop("section") == "both"
+    assert evaluate.run_from_checkpoint(state, "cpu").args.section == "both"
+    args = Namespace(**{**vars(run.args), "section": "findings"})
+    records = evaluate.load_split(
+        Namespace(limit=None), run._replace(args=args), [build("openi", tmp_path)], "test"
+    )
+    assert {r.report for r in records} == {"Lungs are clear."}

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import layouts
@@ -15,6 +16,7 @@ from layouts import MARKER, READERS, build, contents, everything, real, refused,
 from PIL import Image
 
 import data
+import train
 from data import BadInput
 
 LISTED = ["chexpert", "mimic-cxr", "rsna", "nih-chestxray14", "covid-chestxray", "csv"]
@@ -392,10 +394,61 @@ def test_a_search_enters_no_folder_of_a_patient_and_follows_links_without_end(tm
     assert {"mimic-cxr-jpg", "files", "loop"} <= names and not names & {"p10", "p11", "s50000001"}
 
 
+PARTS = {  # layout, id: what each section gives
+    ("mimic-cxr", "files/p10/p10000001/s50000001/b.jpg"): {
+        "both": f"No acute process. The lungs are clear, {MARKER}.", "impression": "No acute process.",
+        "findings": f"The lungs are clear, {MARKER}."},
+    ("mimic-cxr", "files/p10/p10000002/s50000003/d.jpg"): {  # the last paragraph alone
+        "both": f"Compared to, the {MARKER} was removed.", "impression": None, "findings": None},
+    ("mimic-zip", "files/p11/p11000003/s50000004/e.jpg"): {  # one section for both
+        "both": f"Mild {MARKER}.", "impression": f"Mild {MARKER}.", "findings": None},
+    ("openi", "CXR6_IM-00-01"): {
+        "both": f"Normal chest, {MARKER}. Lungs are clear.", "impression": f"Normal chest, {MARKER}.",
+        "findings": "Lungs are clear."},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("section", data.SECTIONS)
+@pytest.mark.parametrize(("name", "id"), PARTS)
+def test_a_report_is_the_chosen_section(specs, name, id, section):
+    found = data.read_records([specs[name]], "all", section=section)[specs[name]]
+    assert {r.id: r.report for r in found}[id] == PARTS[name, id][section]
+
+
+def test_a_pack_has_the_section_that_it_was_made_with(specs, tmp_path):
+    run = ["pack", "--data", specs["openi"], "--workers", "0", "--image-size", "8", "--section", "findings"]
+    assert data.main([*run, "--out", str(tmp_path / "pack")]) == 0
+    assert {r.report for r in everything(f"csv={tmp_path / 'pack'}")} == {"Lungs are clear.", None}
+
+
+def test_a_section_is_refused_where_no_report_has_any(specs, tmp_path, capsys):
+    flags = ["--data", specs["csv"], "--section", "impression", "--out", str(tmp_path / "run")]
+    for main in (train.main, lambda flags: data.main(["pack", *flags])):
+        assert main(flags) == 2
+        assert "--section impression is for mimic-cxr and openi" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mimic-cxr", "openi"])
+def test_training_without_any_report_of_a_set_that_has_them_is_refused(specs, name):
+    found = data.read_records([specs[name], specs["chexpert"]], "train")
+    data.check_reports(found)
+    found[specs[name]] = [replace(r, report=None) for r in found[specs[name]]]
+    with pytest.raises(BadInput, match=f"training images of {name} has a report.*--no-image-text trains"):
+        data.check_reports(found)
+
+
 def test_mimic_reports_may_be_absent(tmp_path, capsys):
     shutil.rmtree(layouts.mimic(tmp_path) / "mimic-cxr")
     assert {r.report for r in everything(f"mimic-cxr={tmp_path}")} == {None}
     assert f"{tmp_path} has no report of the split 'train'" in capsys.readouterr().err
+
+
+def test_mimic_without_reports_is_trained_when_told_that_there_are_none(tmp_path, pretrain, capsys):
+    shutil.rmtree(layouts.mimic(tmp_path) / "mimic-cxr")
+    train_split = ["--data", f"mimic-cxr={tmp_path}", "--views", *data.VIEWS]
+    assert pretrain(*train_split) == 2
+    assert "--no-image-text trains on labels alone" in capsys.readouterr().err
+    assert pretrain(*train_split, "--no-image-text") == 0
 
 
 # ------------------------------------------------------------------------------------------------------- rsna
