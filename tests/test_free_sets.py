@@ -252,4 +252,4 @@ def test_evaluation_reads_the_section_of_the_run_and_older_runs_read_both(tiny_r
     records = evaluate.load_split(
         Namespace(limit=None), run._replace(args=args), [build("openi", tmp_path)], "test"
     )
-    assert {r.report for r in records} == {"Lungs are clear."}
+    assert {r.report for r in records if r.report} == {"Lungs are clear."}
