@@ -887,11 +887,37 @@ def read_checkpoint(path):
         return state | {"path": str(path)}
 
 
+# Options that older runs lack, and what these did.
+LATER = {"channels": 1, "section": "both", "freeze_text": False, "micro_batch_size": None}
+LATER |= {"findings": None, "held_out": []}
+
+
+def checked_options(options, findings):
+    """The options that a checkpoint holds, with those that an older run lacked -> Namespace.
+
+    Those that evaluation reads are looked through, and so are the findings.
+    """
+    args = argparse.Namespace(**LATER | options)
+    lists = [findings, args.findings or [], args.data, args.views, args.held_out]
+    if not all(isinstance(each, (list, tuple)) for each in [*lists, args.swin_depths, args.swin_heads]):
+        raise ValueError("an option or its findings are no list")
+    texts = [getattr(args, name) for name in ("template", "precision", "uncertain", "section")]
+    if not all(type(text) is str for text in [*texts, *(name for each in lists for name in each)]):
+        raise ValueError("an option or a finding is no text")
+    sizes = "threads batch_size max_length image_size channels patch_size window_size swin_dim embed_dim"
+    numbers = [getattr(args, name) for name in sizes.split()] + [*args.swin_depths, *args.swin_heads]
+    numbers += [args.seed + 1, args.workers + 1, *{args.micro_batch_size} - {None}]
+    if not all(type(number) is int and number > 0 for number in numbers):
+        raise ValueError("an option is no number that it can be")
+    if args.template not in prompts.TEMPLATES and "{}" not in args.template:
+        raise ValueError("its template has no place for a finding")
+    return args
+
+
 def run_from_checkpoint(state, device):
     """What read_checkpoint gives -> Run in evaluation mode."""
     with refusing(state["path"]):
-        older = {"channels": 1, "section": "both"}  # what runs had before there was an option
-        args = argparse.Namespace(**older | state["args"])
+        args = checked_options(state["args"], state["findings"])
         fields = json.loads(state["bert"])
         fields = {name: fields[name] for name in BERT_FIELDS if name in fields}
         if not max(fields.get("num_hidden_layers", 0), *args.swin_depths) <= len(state["model"]):
@@ -903,7 +929,7 @@ def run_from_checkpoint(state, device):
         model = build_model(args, bert, len(state["model"].get("prompt.context", ())))
         model.load_state_dict(state["model"])
         tokenizer = wrap_tokenizer(state["tokenizer"])
-        if len(tokenizer) > bert.config.vocab_size:
+        if max(tokenizer.get_vocab().values()) >= bert.config.vocab_size:
             raise ValueError("its tokenizer has more pieces than its text model")
         if not finite(model):
             raise ValueError("its weights are not finite")

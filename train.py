@@ -309,7 +309,7 @@ def parse_args(argv=None):
         args.out = "runs/" + re.sub(r"[^A-Za-z0-9.]+", "-", " ".join(["umcl", *argv]))[:100].strip("-")
     refuse_a_run(args.out)
     args.commit = evaluate.commit()
-    args.held_out = [data.ids_sha256(data.read_ids(file)) for file in args.hold_out]
+    args.held_out = held_out(args)
     return args
 
 
@@ -323,16 +323,63 @@ def refuse_a_run(folder):
         raise BadInput(f"{out} holds what is left of a run, without last.pt; give another --out")
 
 
+def in_words(action, value):
+    """The value of an option as it would be given on the command line -> list of str."""
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return [action.option_strings[not value]]
+    if isinstance(value, list):
+        return [action.option_strings[0], *map(str, value)]
+    return [f"{action.option_strings[0]}={value}"]
+
+
+def saved_options(path):
+    """The options that a checkpoint holds, looked through -> dict.
+
+    One that came after its program is what it is by default, if that turns something off, and refused else.
+    """
+    parser, state = build_parser(), read_checkpoint(path)
+
+    def refuse(message):
+        raise ValueError(message)
+
+    with evaluate.refusing(path):
+        saved, parser.error = evaluate.LATER | state["args"], refuse
+        on_off = argparse.BooleanOptionalAction
+        actions = {a.dest: a for a in parser._actions if a.nargs != 0 or isinstance(a, on_off)}
+        for name, action in actions.items():
+            needed = name in PRESETS["small"]
+            if name in saved:
+                lacks = saved[name] is None and (needed or action.default is not None)
+            else:
+                lacks = needed or action.default and name not in MACHINE_OPTIONS
+            if lacks:
+                refuse(f"it has no {action.option_strings[0]}; is it of an older version?")
+        given = {name: action for name, action in actions.items() if saved.get(name) not in (None, [])}
+        parsed = parser.parse_args([word for n, a in given.items() for word in in_words(a, saved[n])])
+        for name, action in given.items():
+            if getattr(parsed, name) != saved[name] or type(saved[name]) in (tuple, bytes):
+                refuse(f"its {action.option_strings[0]} is of another type")
+        return {"commit": "unknown"} | vars(parsed) | saved
+
+
 def resumed_args(parser, argv, folder):
     """Options of the run in a folder, and those of the command line, if they do not alter its result."""
-    new = {"device": "auto", "resume": folder, "out": folder}
-    saved = vars(parser.parse_args([])) | read_checkpoint(Path(folder, "last.pt"))["args"] | new
+    saved = saved_options(Path(folder, "last.pt")) | {"device": "auto", "resume": folder, "out": folder}
     args = parser.parse_args(argv, argparse.Namespace(**saved))  # what is not given stays as it was saved
-    fixed = {name: value for name, value in saved.items() if name not in MACHINE_OPTIONS}
-    changed = [f"--{name.replace('_', '-')}" for name, value in fixed.items() if getattr(args, name) != value]
-    if changed:
-        raise BadInput(f"{', '.join(changed)} would alter the result of {folder}; start a new run for that")
+    # Data may have moved: that they are the same is shown by their hash, in begin.
+    free = ("data", "hold_out", "hold_out_data", *MACHINE_OPTIONS)
+    if args.hold_out != saved["hold_out"]:
+        args.held_out = held_out(args)
+    differ = [name for name, value in saved.items() if name not in free and getattr(args, name) != value]
+    if differ:
+        changed = ", ".join(f"--{name.replace('_', '-')}" for name in differ)
+        raise BadInput(f"{changed} would alter the result of {folder}; start a new run for that")
     return args
+
+
+def held_out(args):
+    """SHA-256 of the lists of --hold-out -> list of str."""
+    return [data.ids_sha256(data.read_ids(file)) for file in args.hold_out]
 
 
 # --------------------------------------------------------------------------------------------------- model
@@ -659,10 +706,10 @@ def new_run(args, records, text_model=None):
     return Run(model.to(args.device), tokenizer, findings, args)
 
 
-def training_sha256(records):
+def training_sha256(records, valid=()):
     """Of all that is known of the records and of the sizes of their images, in order -> str."""
     digest = hashlib.sha256()
-    for r in records:
+    for r in [*records, *valid]:
         image = str(r.image.stat().st_size).encode() if isinstance(r.image, Path) else r.image.tobytes()
         known = r.id, r.report, sorted(data.present(r)), sorted(data.absent(r))
         digest.update(image + repr(known).encode())
@@ -685,20 +732,41 @@ class Progress:
     log_size: int = 0  # bytes of log.jsonl
 
 
-def begin(args, records, start):
+def saved_progress(saved):
+    """Progress as a checkpoint holds it -> Progress; a value that cannot be is refused."""
+    progress, first = Progress(*(saved[field.name] for field in fields(Progress))), Progress()
+    for field in fields(Progress):
+        value, least = getattr(progress, field.name), getattr(first, field.name)
+        if type(value) is not type(least) or not value >= least:
+            raise ValueError(f"its progress has no {field.name}")
+    return progress
+
+
+def load_moments(optimizer, moments):
+    """Puts AdamW's saved moments into a new optimizer, whose options stay as they are."""
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+    for parameter, held in optimizer.state.items():
+        if any(held[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")) or held["step"] < 1:
+            raise ValueError("its optimizer is that of other weights")
+
+
+def begin(args, records, valid, start):
     """A new run, or with --resume the saved one -> Run, its optimizer, its Progress. start: of start_of."""
     state = start if args.resume is not None else None
     run = evaluate.run_from_checkpoint(state, args.device) if state else new_run(args, records, start)
     groups = parameter_groups(run.model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=run.device.type != "mps")
-    known = training_sha256(records)
+    known = training_sha256(records, valid)
     progress = Progress(records=known)
     if state:
         with evaluate.refusing(state["path"]):
-            progress = Progress(*(state["progress"][field.name] for field in fields(Progress)))
-            optimizer.load_state_dict(state["optimizer"])
+            progress = saved_progress(state["progress"])
+            load_moments(optimizer, state["optimizer"]["state"])
         if progress.records != known:
-            raise BadInput(f"the data have changed since {args.resume} was begun; it cannot go on with them")
+            raise BadInput(
+                f"the data have changed since {args.resume} was begun, and it cannot go on with others; "
+                "where they have only moved, --data says where they are now"
+            )
         if args.commit != evaluate.commit():
             print_once(f"the program has changed since commit {args.commit}, with which this run was begun")
     return run._replace(args=args), optimizer, progress
@@ -867,7 +935,7 @@ def train_in(args, device, log):
     start = start_of(args)
     records, valid = load_splits(args)
     records = training_records(args, records)
-    run, optimizer, progress = begin(args, records, start)
+    run, optimizer, progress = begin(args, records, valid, start)
     refuse_other_work(args, progress.records)
     print_once(f"{len(valid):,} images to validate, {len(run.findings)} findings")
     run.model.train()

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import multiprocessing
 import os
 import random
@@ -99,7 +100,7 @@ def test_a_finished_run_that_is_resumed_says_so_and_stays_as_it_is(run, tmp_path
     [
         ("--lr 0.5", "--lr"),
         ("--epochs 9 --no-label-mask", "--objective, --epochs"),
-        ("--data phantom", "--data"),
+        ("--template caption-of-{}", "--template"),
         ("--precision bf16", "--precision"),
     ],
 )
@@ -111,6 +112,24 @@ def test_options_that_leave_the_result_are_accepted(tiny_run):
     given = "--lr 1e-3 --workers 1 --log-every 3 --device cpu --preset small".split()
     args = train.parse_args(["--resume", str(tiny_run), *given])
     assert (args.lr, args.preset, args.out, args.embed_dim) == (1e-3, "small", str(tiny_run), 16)
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_run_goes_on_with_data_that_have_moved_if_they_are_the_same(
+    run, signal_at, tmp_path, capsys, copied
+):
+    assert run("whole") == 0
+    signal_at(2, signal.SIGTERM)
+    assert run("broken") == 143
+    shutil.move(tmp_path / "cases", tmp_path / "moved")
+    if not copied:
+        (tmp_path / "moved" / "valid0.png").write_bytes(b"0")
+    resumed = train.main(["--resume", str(tmp_path / "broken"), "--data", f"csv={tmp_path / 'moved'}"])
+    if copied:
+        assert resumed == 0 and same(tmp_path / "whole", tmp_path / "broken")
+        assert state(tmp_path / "broken")["args"]["data"] == [f"csv={tmp_path / 'moved'}"]
+    else:
+        assert resumed == 2 and "data have changed" in refusal(capsys)
 
 
 @pytest.mark.parametrize("change", ["a row less", "rows reversed", "labels", "a report", "an image"])
@@ -441,6 +460,68 @@ def test_what_no_run_can_go_on_from_is_refused_unrun(tiny_run, tmp_path, capsys,
         torch.save(last | changed, path)
     assert resume(tmp_path) == 2 and str(path) in refusal(capsys)
     assert not (tmp_path / "ran").exists()
+
+
+def changes(names, *values):
+    return [pytest.param(part, name, value, id=f"{name}-{value}") for part, name in names for value in values]
+
+
+OF_EVALUATION = changes(
+    [("args", name) for name in "image_size swin_depths batch_size template data seed".split()],
+    *("missing", None, "x", [None], 0.5, -3, {}, torch.zeros(2)),
+)
+OF_EVALUATION += changes([(None, "findings")], "missing", None, "Edema", 5, [1, 2], [["Edema"]], {"Edema": 1})
+OF_EVALUATION += changes([(None, "args")], None, [], "x") + changes(
+    [(None, "tokenizer")], None, "{}", "beyond"
+)
+OF_EVALUATION += changes([("args", "findings")], "Edema", 5, [1])
+OF_RESUMING = changes(
+    [(None, "optimizer")], "missing", None, {}, {"state": None}, {"state": {0: {"step": 1}}}
+)
+OF_RESUMING += changes([("args", "lr")], "missing", None, "0.001", -1.0)
+OF_RESUMING += changes([("args", "objective")], "missing", None, "made up", 1)
+OF_RESUMING += changes([("args", "continuous_prompt")], "missing", None, "yes", 5)
+OF_RESUMING += changes([("progress", "step"), ("progress", "log_size")], "missing", None, "1", -9, 0.5, [])
+OF_RESUMING += changes([("progress", "best"), ("progress", "records")], "missing", None, [])
+
+
+def changed_checkpoint(folder, part, name, value):
+    """last.pt of a run with one change: an option, a part of its progress, or something else."""
+    last = state(folder)
+    part = last if part is None else last[part]
+    if isinstance(value, str) and value == "missing":
+        del part[name]
+    elif isinstance(value, str) and value == "beyond":  # the embeddings
+        tokenizer = json.loads(part[name])
+        tokenizer["model"]["vocab"]["a"] = 10**6
+        part[name] = json.dumps(tokenizer)
+    else:
+        part[name] = value
+    return last
+
+
+@pytest.mark.parametrize(("part", "name", "value"), OF_EVALUATION + OF_RESUMING)
+def test_no_run_goes_on_from_a_checkpoint_that_was_changed_by_hand(
+    tiny_run, tmp_path, capsys, part, name, value
+):
+    torch.save(changed_checkpoint(tiny_run, part, name, value), tmp_path / "last.pt")
+    assert resume(tmp_path) == 2 and f"{tmp_path}/last.pt is cut short or no checkpoint" in refusal(capsys)
+
+
+@pytest.mark.parametrize(("part", "name", "value"), OF_EVALUATION)
+def test_no_checkpoint_that_was_changed_by_hand_is_evaluated(tiny_run, tmp_path, part, name, value):
+    torch.save(changed_checkpoint(tiny_run, part, name, value), tmp_path / "last.pt")
+    with pytest.raises(BadInput, match="is cut short or no checkpoint"):
+        evaluate.load_run(tmp_path / "last.pt")
+
+
+@pytest.mark.parametrize("name", ["channels", "freeze_text", "held_out", "micro_batch_size", "findings"])
+def test_a_run_of_an_older_program_that_lacked_an_option_goes_on_without_it(tiny_run, tmp_path, name):
+    last = state(tiny_run)
+    del last["args"][name]
+    torch.save(last, tmp_path / "last.pt")
+    assert resume(tmp_path) == 0
+    assert evaluate.load_run(tmp_path / "last.pt").args.__dict__.keys() >= {"channels", "freeze_text"}
 
 
 def test_a_worker_that_dies_ends_the_run_with_one_sentence(run, before_step, tmp_path, capsys):
