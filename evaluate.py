@@ -1201,7 +1201,7 @@ def build_parser():
     p.add_argument("--checkpoint", help="RUN or RUN/best.pt; default the newest run's best")
     p.add_argument("--compare", nargs="+", metavar="RUN", help="several, side by side on the same records")
     p.add_argument("--data", nargs="+", metavar="NAME[=ROOT]", help="default: what the run was trained on")
-    p.add_argument("--split", choices=[*data.SPLITS, "all"], default="test")
+    p.add_argument("--split", choices=[*data.SPLITS, "all"], help="default test; valid where there is none")
     p.add_argument("--limit", type=positive, help="only the first N records of each data set")
     p.add_argument("--ids", metavar="FILE", help="exactly the images of this list of `data.py protocol`")
     p.add_argument("--classes", nargs="+", metavar="NAME", type=data.text,
@@ -1243,6 +1243,19 @@ def load_split(args, run, specs, split):
     """The records of a split of these data sets, read as the run read its own."""
     chosen = {name: getattr(run.args, name) for name in ("views", "uncertain", "section")}
     return data.load_records(specs, split, args.limit, **chosen)
+
+
+def evaluated_split(args, run):
+    """The records of --split and its name; without --split of test, or of valid where there is no test."""
+    try:
+        split = args.split or "test"
+        return load_split(args, run, args.data, split), f"{split} split"
+    except Lacking:
+        if args.split:
+            raise
+    records = load_split(args, run, args.data, "valid")
+    data.note("these data have no test split; the valid split is used, by which training has chosen best.pt")
+    return records, "valid split"
 
 
 def result_of(task, args, run, encoded, checkpoint, chosen, measures, options):
@@ -1401,7 +1414,7 @@ def evaluate(args):
         records = [data.settle(record, runs[0].args.uncertain) for record in listed[: args.limit]]
         chosen = f"list {args.ids}"
     else:
-        records, chosen = load_split(args, runs[0], args.data, args.split), f"{args.split} split"
+        records, chosen = evaluated_split(args, runs[0])
     trained = runs[0].args.findings or ()
     args.classes = args.classes or [name for name in data.vocabulary(records) if name in trained] or None
     results = []

@@ -222,8 +222,8 @@ def test_links_to_folders_are_followed_and_none_without_end(tmp_path):
 # --------------------------------------------------------------------- no reports: trained and evaluated
 
 
-def noise_in_folders(root):
-    for split, name, n in product(("train", "valid", "test"), ("Bright", "Dark", "Grey"), range(8)):
+def noise_in_folders(root, splits=data.SPLITS):
+    for split, name, n in product(splits, ("Bright", "Dark", "Grey"), range(8)):
         (root / split / name).mkdir(parents=True, exist_ok=True)
         grey = np.random.default_rng(n).integers({"Bright": 128, "Dark": 0, "Grey": 64}[name], 192, (16, 16))
         Image.fromarray(grey.astype(np.uint8)).save(root / split / name / f"{n}.png")
@@ -253,3 +253,14 @@ def test_evaluation_reads_the_section_of_the_run_and_older_runs_read_both(tiny_r
         Namespace(limit=None), run._replace(args=args), [build("openi", tmp_path)], "test"
     )
     assert {r.report for r in records if r.report} == {"Lungs are clear."}
+
+
+def test_without_a_test_split_the_valid_split_is_evaluated_which_is_said(tiny_run, tmp_path, capsys):
+    spec = noise_in_folders(tmp_path / "images", ("train", "valid"))
+    run = ["--checkpoint", str(tiny_run), "--data", spec, "--out", str(tmp_path / "results.json")]
+    assert evaluate.main([*run, "--task", "zero-shot"]) == 0
+    assert "no test split; the valid split is used" in capsys.readouterr().err
+    (result,) = json.loads((tmp_path / "results.json").read_text()).values()
+    assert result["chosen"] == "valid split" and result["counts"]["images"] == 24
+    assert evaluate.main([*run, "--split", "test"]) == 2
+    assert "no record in its split 'test'" in capsys.readouterr().err
