@@ -189,6 +189,12 @@ def label_matrices(records, findings):
     return cells == 1, cells == 0
 
 
+def patient_hashes(records):
+    """Patients of the records -> set of str, 16 digits that tell one from another and do not name it."""
+    known = {(record.source, record.patient) for record in records}
+    return {hashlib.sha256("\t".join(each).encode("utf-8", "replace")).hexdigest()[:16] for each in known}
+
+
 def hold_out(records, listed):
     """Drops every record of a patient who has a listed image."""
     patients = {(record.source, record.patient) for record in listed}
@@ -862,19 +868,21 @@ def write_report(rng, drawn):
 
 
 def phantom(root, split, limit=None):
-    """Phantoms; root, if given, is their size in pixels. Half of the training images have no report.
+    """Phantoms; root, if given, is their size in pixels, or "mixed".
 
-    Training images have 0 to 3 findings. Those of the other splits have exactly one, each as often as the
-    others, as in CheXpert-5x200.
+    Training images have 0 to 3 findings, and half of them no report. Images of the other splits have exactly
+    one finding, each as often as the others, as in CheXpert-5x200; with "mixed" 0 to 3, too.
     """
-    if root and not (root.isdecimal() and len(root) < 5 and 0 < int(root) <= 2048):
-        raise BadInput(f"phantom={root}: what may follow the name is a size in pixels, at most phantom=2048")
-    size = int(root or 64)
+    mixed = root == "mixed"
+    if root and not mixed and not (root.isdecimal() and len(root) < 5 and 0 < int(root) <= 2048):
+        way_out = "what may follow the name is a size in pixels, at most phantom=2048, or phantom=mixed"
+        raise BadInput(f"phantom={root}: {way_out}")
+    size = 64 if mixed else int(root or 64)
     number = {"train": 6000, "valid": 500, "test": 1000}[split]
     records = []
     for i in tqdm(range(min(number, limit or number)), "drawing phantoms", leave=False, delay=2):
-        rng = np.random.default_rng([SPLITS.index(split), i])
-        if split == "train":
+        rng = np.random.default_rng([SPLITS.index(split) + 2 * (mixed and split != "train"), i])
+        if split == "train" or mixed:
             count = rng.choice(4, p=(0.15, 0.6, 0.2, 0.05))
             present = set(rng.choice(PHANTOM_FINDINGS, count, replace=False).tolist())
         else:
@@ -882,7 +890,7 @@ def phantom(root, split, limit=None):
         image, drawn = draw_phantom(rng, present, size)
         report = write_report(rng, drawn) if split != "train" or i % 2 else None
         labels = {name: int(name in (present or {NO_FINDING})) for name in (*PHANTOM_FINDINGS, NO_FINDING)}
-        id = f"{split}-{i}"
+        id = f"{'mixed-' if mixed and split != 'train' else ''}{split}-{i}"
         records.append(Record(image, report, labels, patient=id, source="phantom", id=id))
     return records
 

@@ -232,6 +232,7 @@ def read_prompts(source, findings):
 
     source: name of a set in prompts.py, a template with {}, or FILE.json with {finding: [text, ...]} or
     {finding: {"positive": [text, ...], "negative": [text, ...]}}; the negative ones may be left out.
+    findings: names; of a file None takes all that it has.
     """
     if source in (*prompts.TEMPLATES, "ensemble") or "{}" in source:
         return tuple(prompts.prompt_set(findings, source, by) for by in (prompts.wordings, prompts.negations))
@@ -246,6 +247,7 @@ def read_prompts(source, findings):
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         form = '{finding: [text, ...]} or {finding: {"positive": [...], "negative": [...]}}'
         raise BadInput(f"{source} is no prompt set ({error}); it needs {form}") from error
+    findings = list(sides["positive"]) if findings is None else findings
     missing = [name for name in findings if name not in sides["positive"]]
     if missing:
         known = ", ".join(sides["positive"])
@@ -1177,6 +1179,17 @@ def print_table(task, entries, all_metrics=True):
             print(f"warning: {name} is below 0.5: do its prompts and labels mean the same?")
 
 
+def print_confusion(confusion):
+    """{true class: {predicted class: images}}, a row for each true class."""
+    width = max([5, *map(len, confusion)])
+    for number, (name, row) in enumerate(confusion.items(), 1):
+        if number == 1:
+            columns = "".join(f"{each:>7}" for each in range(1, len(row) + 1))
+            print(f"\n{'true class, and the images predicted to be of each':{width + 4}}")
+            print(f"{'':{width + 4}}{columns}")
+        print(f"{number:>2}  {name:{width}}" + "".join(f"{count:7,}" for count in row.values()))
+
+
 def records_sha256(records):
     """SHA-256 of the ids and what is known of each, in any order, and of the reports -> two str."""
     known = ((r, sorted(data.present(r)), sorted(data.absent(r))) for r in records)
@@ -1355,16 +1368,27 @@ def print_comparison(paths, runs, results, all_metrics):
         print(f"{name:{max(map(len, lines))}}" + "".join(cells))
 
 
+def note_seen_patients(path, records):
+    """Says how many of the evaluated patients the run was trained on, by RUN/patients.txt."""
+    file = path.parent / "patients.txt"
+    if file.exists():
+        asked = data.patient_hashes(records)
+        seen = asked & {line.strip() for _, line in data.read_lines(file)}
+        if seen:
+            data.note(f"{path} was trained on {len(seen):,} of these {len(asked):,} patients")
+
+
 def evaluate_run(args, path, out, run, records, chosen):
     """All tasks for one run; each is written, and printed, once it is done -> Encoded, {task: Measures}."""
     data.check_images(records, run.args.image_size, run.args.channels)
     limit = f", first {args.limit}" if args.limit else ""
     print(f"{path}, {chosen} of {', '.join(args.data)}{limit}, {len(records)} images")
+    note_seen_patients(path, records)
     if args.ids and data.ids_sha256(data.read_ids(args.ids)) not in run.args.held_out:
-        print(f"note: {path} did not hold out the patients of {args.ids}; it may have seen these images")
+        data.note(f"{path} did not hold out the patients of {args.ids}; it may have seen these images")
     new = [name for name in args.classes or data.vocabulary(records) if name not in run.findings]
     if new:
-        print(f"note: training of {path} had no label {', '.join(new)}")
+        data.note(f"training of {path} had no label {', '.join(new)}")
     encoded, results = encode(run, records), {}
 
     @functools.cache
@@ -1390,6 +1414,8 @@ def evaluate_run(args, path, out, run, records, chosen):
             file.write(json.dumps(entries, indent=1) + "\n")
         if not args.compare:
             print_table(task, entry["metrics"], args.all_metrics)
+            if args.all_metrics:
+                print_confusion(entry["metrics"].get("balanced accuracy", {}).get("confusion", {}))
     if not results:
         raise BadInput(f"the {chosen} has nothing for any of the tasks")
     return encoded, results
@@ -1415,8 +1441,10 @@ def evaluate(args):
         chosen = f"list {args.ids}"
     else:
         records, chosen = evaluated_split(args, runs[0])
-    trained = runs[0].args.findings or ()
-    args.classes = args.classes or [name for name in data.vocabulary(records) if name in trained] or None
+    named = runs[0].args.findings or ()
+    if (args.prompt_set or "").endswith(".json"):
+        named = read_prompts(args.prompt_set, None)[0]
+    args.classes = args.classes or [name for name in data.vocabulary(records) if name in named] or None
     results = []
     for path, out, run in zip(paths, outs, runs, strict=True):
         encoded, measures = evaluate_run(args, path, out, run, records, chosen)

@@ -7,7 +7,8 @@
     python train.py --resume RUN                                goes on where a run was stopped or broke
     torchrun --nproc-per-node=4 train.py                        four GPUs; the batch stays what it was
 
-A run leaves RUN/log.jsonl (one JSON object a line), RUN/last.pt, RUN/best.pt and RUN/config.json.
+A run leaves RUN/log.jsonl (one JSON object a line), RUN/last.pt, RUN/best.pt, RUN/config.json and
+RUN/patients.txt (hashes of those it was trained on).
 """
 
 import os
@@ -844,7 +845,7 @@ def locked_log(args):
 class Recorder:
     """What a run leaves in its folder, and its progress bar; the first process has it."""
 
-    def __init__(self, run, optimizer, progress, valid, steps, per_epoch, log):
+    def __init__(self, run, optimizer, progress, patients, valid, steps, per_epoch, log):
         self.run, self.optimizer, self.progress, self.valid = run, optimizer, progress, valid
         self.per_epoch, self.out, self.finite, self.log = per_epoch, Path(run.args.out), True, log
         log.truncate(min(progress.log_size, log.seek(0, os.SEEK_END)))  # what came after the last save
@@ -852,6 +853,8 @@ class Recorder:
         config = {**vars(run.args), "processes": processes(), "torch": torch.__version__}
         with data.replacing(self.out / "config.json") as file:
             file.write(json.dumps(config, indent=1) + "\n")
+        with data.replacing(self.out / "patients.txt") as file:  # evaluate.py asks whom it has seen
+            file.write("".join(f"{each}\n" for each in sorted(patients)))
         self.bar = tqdm(total=steps, initial=progress.step, unit="step", mininterval=1)
         self.started = time.time() - progress.seconds
         if progress.step == 0:
@@ -947,7 +950,8 @@ def train_in(args, device, log):
         return 0
     warmup = math.ceil(args.warmup * steps)
     loader = training_loader(run, records, range(done, steps))
-    recorder = Recorder(run, optimizer, progress, valid, steps, per_epoch, log) if log else None
+    patients = data.patient_hashes(records)
+    recorder = Recorder(run, optimizer, progress, patients, valid, steps, per_epoch, log) if log else None
     print_once(f"{args.out}/config.json has all options")
 
     with signals_noted() as noted, contextlib.closing(recorder) if recorder else contextlib.nullcontext():

@@ -332,9 +332,9 @@ def test_evaluation_takes_exactly_the_listed_images_and_notes_that_they_were_not
 ):
     ids = listing("24.png", "1.png", "3.png")
     assert assess("--ids", ids) == 0
-    printed = capsys.readouterr().out
-    assert f"list {ids} of {films}, 3 images" in printed
-    assert "best.pt did not hold out the patients of" in printed
+    printed = capsys.readouterr()
+    assert f"list {ids} of {films}, 3 images" in printed.out
+    assert "best.pt did not hold out the patients of" in printed.err
 
 
 def test_evaluation_of_a_held_out_list_has_no_note(films, listing, pretrain, tmp_path, capsys):

@@ -373,7 +373,9 @@ def test_a_full_disk_ends_with_one_sentence_and_the_checkpoint_before(
     assert run("run") == 2
     sentence = refusal(capsys)
     assert str(folder / "last.pt") in sentence and "disk" in sentence
-    assert {path.name for path in folder.iterdir()} == set("best.pt config.json last.pt log.jsonl".split())
+    assert {path.name for path in folder.iterdir()} == set(
+        "best.pt config.json last.pt log.jsonl patients.txt".split()
+    )
     file_size()
     assert resume(folder) == run("whole") == 0 and same(folder, tmp_path / "whole")
 

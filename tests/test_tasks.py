@@ -507,3 +507,40 @@ def test_prompts_are_encoded_with_the_vectors_and_stay_with_their_finding(run):
     assert [len(each) for each in features] == [2, 1]
     own = run.model.encode_prompt(*run.prompt_tokens(["gout"]))[0].detach()
     assert np.allclose(features[1][0], own, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------- what a run has seen
+
+
+def test_evaluation_says_how_many_of_the_patients_the_run_was_trained_on(tiny_run, tmp_path, capsys):
+    out = ["--checkpoint", str(tiny_run), "--task", "zero-shot", "--out", str(tmp_path / "r.json")]
+    assert evaluate.main([*out, "--limit", "20"]) == 0
+    assert "was trained on" not in capsys.readouterr().err
+    assert evaluate.main([*out, "--split", "train", "--limit", "40"]) == 0
+    seen = len((tiny_run / "patients.txt").read_text().split())
+    assert f"was trained on {seen} of these 40 patients" in capsys.readouterr().err
+
+
+def test_the_findings_of_a_file_of_prompts_are_the_classes(tiny_run, tmp_path, capsys):
+    (tmp_path / "two.json").write_text('{"Edema": ["edema"], "Cardiomegaly": ["a big heart"]}')
+    flags = ["--task", "zero-shot", "--limit", "20", "--all-metrics", "--out", str(tmp_path / "r.json")]
+    prompts = ["--prompts", str(tmp_path / "two.json")]
+    assert evaluate.main(["--checkpoint", str(tiny_run), *flags, *prompts]) == 0
+    printed = capsys.readouterr().out
+    assert "AUROC Edema" in printed and "AUROC Atelectasis" not in printed
+    entry = next(iter(json.loads((tmp_path / "r.json").read_text()).values()))
+    confusion = entry["metrics"]["balanced accuracy"]["confusion"]
+    (row,) = [line.split() for line in printed.splitlines() if line.startswith(" 1  Cardiomegaly")]
+    assert row[2:] == [str(count) for count in confusion["Cardiomegaly"].values()]
+
+
+def test_mixed_phantoms_are_like_those_of_training_and_new_ones():
+    single, mixed, train = (
+        data.phantom(root, split, 60) for root, split in (("", "test"), ("mixed", "test"), ("", "train"))
+    )
+    counts = [{len(data.present(record)) for record in records} for records in (single, mixed, train)]
+    assert counts[0] == {1} and counts[1] >= {1, 2} and any("No Finding" in data.present(r) for r in mixed)
+    assert all(record.report for record in mixed)
+    pixels = {record.image.tobytes() for record in (*single, *train)}
+    assert not pixels & {record.image.tobytes() for record in mixed}
+    assert not {record.id for record in mixed} & {record.id for record in single}
