@@ -8,6 +8,7 @@ label prompts. Without: how long one loading process takes for a full-size radio
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,10 @@ def masked(table):
             f"the mask removes {reports:.0f} pairs among reports and {texts:,.0f} among prompts"
         )
     rows = [data.settle(r, "ignore") for r in frontal]
+    share, of_image = Counter(), [data.present(r) for r in rows if data.present(r)]
+    for names in of_image:
+        share.update({name: 1 / len(names) / len(of_image) for name in names})
+    print("label prompts drawn:", ", ".join(f"{name} {part:.1%}" for name, part in share.most_common()))
     for names in (("Edema", "Pleural Effusion"), data.COMPETITION, data.CHEXPERT):
         records = [r for r in data.restricted(rows, frozenset(names)) if r.labels]
         for batch in (16, 256):
