@@ -10,6 +10,7 @@ openi              NLM, free                       chest X-rays, reports, 12 fin
 nih-chestxray14    NIH, free with citation         chest X-rays, 14 findings or none
 covid-chestxray    GitHub, licence by image        chest X-rays, clinical notes, kinds of pneumonia
 medpix2            GitHub, free with citation      CT and MR images, captions, five places of the body
+roco               GitHub, licence by image        figures of articles, captions, modality and region
 folder             your own images                 a folder for each class
 csv                your own table, or a pack       images and the columns that README.md lists
 
@@ -1466,6 +1467,89 @@ def medpix2(root, split):
     return records
 
 
+ROCO_WORDS = [  # modalities, then regions, {finding: words}; * is any ending, _ a blank
+    {
+        "Angiography": "angiogra* aortogra* arteriogra* venogra* phlebogra* ventriculogra* dsa",
+        "Computed Tomography": "ct cts hrct cect ncct mdct cbct computed_tomogra* computed_axial_tomogra* "
+            "computer_tomogra* computerized_tomogra* computerised_tomogra*",
+        "Magnetic Resonance": "mr mri mris fmri mra mrcp magnetic_resonance flair t1-weighted t2-weighted "
+            "t1_w* t2_w* t1w* t2w*",
+        "Radiograph": "radiogra* teleradiogra* x-ray* x_ray* xray* cxr opg orthopan* panoramic roentgen*",
+        "Ultrasound": "ultraso* sonogra* endosono* echocardio* doppler tte tee eus",
+    },
+    {
+        "Abdomen": "abdom* liver* hepat* intrahepatic kidney* renal adrenal bowel pancrea* colon colonic "
+            "gastric gastroint* stomach spleen splen* duoden* gallbladder bile biliary jejun* ileum ileal "
+            "ileus mesenter* intestin* appendix appendic* periton* retroperiton*",
+        "Chest": "chest cxr lung* pulmon* thora* hemithorax intrathoracic upper_lobe* middle_lobe* "
+            "lower_lobe* pleura* mediastin* pneumo* bronch* trachea* atelecta* hilar",
+        "Head": "brain* head_ct head_mri head_computed ct_head ct_of_the_head skull cerebr* cerebell* "
+            "cranial cranium intracranial pituitary orbit* head_and_neck maxillary_sinus* ethmoid* "
+            "sphenoid* sinuses sinusitis paranasal nasal nasophar* frontal_lobe* temporal_lobe* "
+            "parietal_lobe* occipital_lobe* hemisphere*",
+        "Heart": "heart* cardiac cardiomeg* echocardio* endocard* myocard* pericard* left_ventric* "
+            "right_ventric* ventricular interventricular atrium atria atrial aort* coronar* valve* mitral "
+            "tricuspid",
+        "Limbs": "femur femoral tibia* fibula* humer* radius ulna ulnar knee* hip hips shoulder* elbow* "
+            "wrist* hand hands finger* thumb* foot feet ankle* leg legs thigh* upper_arm* left_arm* "
+            "right_arm* forearm* patella* metacarp* metatars* phalan*",
+        "Pelvis": "pelvi* abdominopelvi* bladder rectum rectal perirectal uterus uterine ovar* prostat* "
+            "testic* testis vagina* transvaginal endometri* myometri*",
+        "Spine": "spine spinal vertebra* intervertebral lumbar lumbosacral thoracolumbar cervical disc "
+            "discs disk disks sacral sacrum spondyl* scolio*",
+        "Teeth and Jaw": "tooth teeth molar* premolar* incisor* canine* maxill* mandib* dental periapical "
+            "panoramic orthopan* opg intraoral root_canal* odonto* jaw jaws",
+    },
+]  # fmt: skip
+
+
+def one_of(words):
+    """Pattern of any of ROCO's words."""
+    return re.compile(rf"\b(?:{'|'.join(words.split())})\b".replace("*", r"\w*").replace("_", r"\s"))
+
+
+ROCO_PATTERNS = [{name: one_of(words) for name, words in group.items()} for group in ROCO_WORDS]
+
+
+@cache  # for the other splits
+def caption_labels(caption):
+    """Findings that a caption names -> labels; where it names no modality or no region, these are unknown."""
+    labels = {}
+    for group in ROCO_PATTERNS:
+        said = {name for name, pattern in group.items() if pattern.search(caption.lower())}
+        labels |= {name: 1 if name in said else None for name in group} if said else {}
+    return labels
+
+
+def roco(root, split):
+    """ROCO's radiology images that were fetched; labels are words of their captions; split by article.
+
+    root: the published repository, or one of its folders with captions.txt and licences.txt. Its own split is
+    by image, so articles are in two of its parts; a hash of the article takes its place.
+    """
+    records, missing = [], 0
+    for folder in folders(root, 4):
+        if folder.name == "non-radiology" or not (folder / "captions.txt").is_file():
+            continue
+        images, rows = images_under(folder), read_table(folder / "licences.txt", ("ROCO_ID", "PMC_ID"))
+        name_of = {row["ROCO_ID"]: row["PMC_ID"] for _, row in rows}  # PMC4608653_cro-0008-0385-g01.jpg
+        for _, line in read_lines(folder / "captions.txt"):
+            id, _, caption = line.partition("\t")
+            name = name_of.get(id, id)
+            image = images.get(id) or images.get(os.path.splitext(name)[0])
+            known = {"patient": name.partition("_")[0], "source": "roco", "id": id}
+            if image:
+                records.append(Record(image, as_written(caption), caption_labels(caption), **known))
+            missing += not image
+    if not records:
+        raise BadInput(
+            f"{root} has no image of {missing:,} captions in captions.txt; ROCO's fetch.py gets them"
+        )
+    if missing:
+        note(f"{root}: {missing:,} captions have no image and are left out")
+    return split_by_patient(records)[split]
+
+
 CSV_COLUMNS = ("image", "id", "source", "patient", "split", "view", "report")
 
 
@@ -1801,7 +1885,8 @@ def print_copies(found, workers):
 DATASETS = {
     "phantom": phantom, "chexpert": chexpert, "mimic-cxr": mimic_cxr, "rsna": rsna,
     "covid-radiography": covid_radiography, "openi": openi, "nih-chestxray14": nih_chestxray14,
-    "covid-chestxray": covid_chestxray, "medpix2": medpix2, "folder": class_folder_images, "csv": csv_table,
+    "covid-chestxray": covid_chestxray, "medpix2": medpix2, "roco": roco,
+    "folder": class_folder_images, "csv": csv_table,
 }  # fmt: skip
 
 

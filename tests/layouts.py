@@ -221,6 +221,24 @@ def medpix(root, caption=f"A {MARKER}."):
     return root
 
 
+def roco(root):
+    """Ten figures of nine articles in two parts, the last one not fetched, and one that is no radiology."""
+    lines = {f"ROCO_{n:05}": f" Chest CT, figure {n}: a {MARKER}." for n in range(10)}
+    for part, ids in (("train", [*lines][:6]), ("test", [*lines][6:])):
+        names = {id: f"PMC{max(int(id[5:]), 1)}_a-{id[-1]}.b.jpg" for id in ids}
+        place = root / "data" / part / "radiology"
+        write(place / "captions.txt", "".join(f"{id}\t{lines[id]}\n" for id in ids))
+        write_table(
+            place / "licences.txt",
+            [{"ROCO_ID": i, "PMC_ID": name, "CC": "CC BY"} for i, name in names.items()],
+        )
+        for name in [*names.values()][:-1] if part == "test" else names.values():
+            draw(place / "images" / name)
+    write(root / "data" / "test" / "non-radiology" / "captions.txt", "ROCO_00010\t A diagram.\n")
+    draw(root / "data" / "test" / "non-radiology" / "images" / "ROCO_00010.jpg")
+    return root
+
+
 def folder(root, splits=("train", "val", "test")):
     """Two images of each of two classes in each split, or ten of each without splits."""
     for split, name, n in product(splits, ("Viral_Pneumonia", "No Finding"), range(2 if splits[0] else 10)):
@@ -273,6 +291,7 @@ READERS = {  # layout: (reader, what writes its folder, images in its three spli
     "nih-chestxray14": ("nih-chestxray14", nih, (7, 0, 3)),
     "covid-chestxray": ("covid-chestxray", covid_chestxray, (7, 0, 3)),
     "medpix2": ("medpix2", medpix, (1, 1, 1)),
+    "roco": ("roco", roco, (8, 0, 1)),
     "folder": ("folder", folder, (4, 4, 4)),
     "folder of classes": ("folder", partial(folder, splits=("",)), (13, 4, 3)),
     "csv": ("csv", own, (4, 4, 2)),

@@ -98,6 +98,65 @@ def test_covid_rows_without_a_frontal_film_or_a_finding_are_left_out(tmp_path):
     assert covid(tmp_path, *rows).keys() == {"images/5.jpg"}
 
 
+# ----------------------------------------------------------------------------------------------------- roco
+
+CAPTIONS = {  # caption: the findings that it names
+    "Axial MRI (coronal view).": "Magnetic Resonance",
+    "Panoramic X ray of the left ramus": "Radiograph, Teeth and Jaw",
+    "Chest x-ray: left pneumothorax.": "Radiograph, Chest",
+    "Arterial phase dynamic CT of the right adrenal gland": "Computed Tomography, Abdomen",
+    "CT angiography of the knee": "Computed Tomography, Angiography, Limbs",
+    "T2-weighted image of the spine": "Magnetic Resonance, Spine",
+    "Computerized tomography of the gallbladder": "Computed Tomography, Abdomen",  # no "uter", no bladder
+    "MRI, turbo spin echo sequence": "Magnetic Resonance",  # no spine, no ultrasound
+    "Relationship of grid and duct; the cyst": "",  # no hip, no CT
+    "Nasogastric tube": "",
+    "Head CT. Cerebrospinal fluid": "Computed Tomography, Head",
+}
+
+
+@pytest.mark.parametrize("caption", CAPTIONS)
+def test_a_caption_names_modalities_and_regions_by_whole_words(caption):
+    said = {name for name, value in data.caption_labels(caption).items() if value == 1}
+    assert said == set(filter(None, CAPTIONS[caption].split(", ")))
+
+
+def test_what_a_caption_does_not_speak_of_is_unknown():
+    regions, modalities = data.caption_labels("Femoral fracture"), data.caption_labels("Ultrasound")
+    assert regions == dict.fromkeys(data.ROCO_WORDS[1]) | {"Limbs": 1}
+    assert modalities == dict.fromkeys(data.ROCO_WORDS[0]) | {"Ultrasound": 1}
+    assert data.caption_labels("Postoperative decreased size of the cyst") == {}
+
+
+def test_roco_is_split_by_article_and_has_the_images_that_were_fetched(tmp_path, capsys):
+    layouts.roco(tmp_path)
+    found = by_id(f"roco={tmp_path}")
+    assert sorted(found) == [f"ROCO_{n:05}" for n in range(9)]
+    assert found["ROCO_00000"].patient == found["ROCO_00001"].patient == "PMC1"
+    assert "1 captions have no image" in capsys.readouterr().err
+    part = tmp_path / "data" / "train" / "radiology"
+    for path in (part / "images").iterdir():  # as another copy calls them
+        path.rename(part / "images" / f"ROCO_0000{path.name[-7]}.jpg")
+    assert sorted(by_id(f"roco={part}")) == [f"ROCO_{n:05}" for n in range(6)]
+
+
+def test_roco_without_any_image_is_refused(tmp_path):
+    shutil.rmtree(layouts.roco(tmp_path) / "data" / "test")
+    shutil.rmtree(tmp_path / "data" / "train" / "radiology" / "images")
+    assert "no image of 6 captions" in refused(f"roco={tmp_path}")
+
+
+def test_the_words_of_real_captions_agree_with_the_labels_that_were_made_of_them():
+    names = [name for group in data.ROCO_WORDS for name in group]
+    rows = [row for _, row in data.read_table(real("roco-test", "table.csv"))]
+    agree = [
+        (row[name] == "1") == (data.caption_labels(row["report"]).get(name) == 1)
+        for row in rows
+        for name in names
+    ]
+    assert sum(agree) / len(agree) > 0.98
+
+
 # ------------------------------------------------------------------------------------------------------ all
 
 
@@ -110,7 +169,7 @@ def test_a_damaged_source_is_refused_by_name(name, file, tmp_path):
         everything(spec)
 
 
-@pytest.mark.parametrize("name", ["openi", "nih-chestxray14", "covid-chestxray", "medpix2"])
+@pytest.mark.parametrize("name", ["openi", "nih-chestxray14", "covid-chestxray", "medpix2", "roco"])
 def test_the_folder_above_gives_the_same_records(name, tmp_path):
     build(name, tmp_path / "above" / "set")
     above, below = (layouts.contents(f"{name}={tmp_path / place}") for place in ("above", "above/set"))
