@@ -4,6 +4,7 @@
     python evaluate.py --task retrieval --gallery out.png   and a picture of what was retrieved
     python evaluate.py --task linear-probe prompt-sensitivity prompt-words
     python evaluate.py --compare runs/umcl runs/umcl-label-mask-none
+    python evaluate.py --images chest.png FOLDER --out scores.csv   scores of your own images
     python evaluate.py --task zero-shot --data covid-radiography=FOLDER \\
         --classes COVID-19 "No Finding"                     these two against each other
 
@@ -20,10 +21,12 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 import argparse
 import contextlib
 import copy
+import csv
 import functools
 import inspect
 import itertools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -1072,8 +1075,32 @@ def encode_images(run, images):
     return encode(run, records).image_features
 
 
+@torch.no_grad()
+def image_scores(run, image, texts, combine):
+    """Scores of one image, and of each cell of the image tower's last map by itself (see COMBINE).
+
+    image: what data.read_image gives. texts: [(T, D) for each of C classes].
+    -> (C,) and (S, S, C) float32
+    """
+    pixels = data.evaluation_transform(run.args.image_size)(image)[None].to(run.device)
+    with run.autocast():
+        cells = run.model.image_encoder.cells(data.normalise(pixels))
+        features = run.model.project_image(torch.cat([cells.mean(1), cells[0]]))
+    whole, *of_cells = combined(finite_features([features]), texts, combine)
+    side = math.isqrt(len(of_cells))
+    return whole, np.reshape(of_cells, (side, side, -1))
+
+
+def note_untrained(run, findings):
+    """Says of which findings the run saw no label."""
+    new = [name for name in findings if name not in run.findings]
+    if new:
+        data.note(f"training had no label {', '.join(new)}")
+
+
 def encode_prompts(run, findings):
     """The prompt of each finding as in training -> (C, D) float32, unit length."""
+    note_untrained(run, findings)
     texts = [prompts.label_prompt(finding, run.args.template) for finding in findings]
     return encode_texts(run, texts, as_prompts=True)
 
@@ -1206,6 +1233,10 @@ def commit():
         return "unknown"
 
 
+# What stands in the place of the tasks, and the options that mean something beside it.
+INSTEAD = {"images": "checkpoint classes prompt_set combine out device threads"}
+
+
 # fmt: off
 def build_parser():
     positive = number_type(int, 1)
@@ -1213,6 +1244,8 @@ def build_parser():
     p.add_argument("--task", nargs="+", choices=[*TASKS, "all"], default=["zero-shot", "retrieval"])
     p.add_argument("--checkpoint", help="RUN or RUN/best.pt; default the newest run's best")
     p.add_argument("--compare", nargs="+", metavar="RUN", help="several, side by side on the same records")
+    p.add_argument("--images", nargs="+", metavar="FILE", type=data.text,
+                   help="scores of your own images, or of all below folders, in place of the tasks")
     p.add_argument("--data", nargs="+", metavar="NAME[=ROOT]", help="default: what the run was trained on")
     p.add_argument("--split", choices=[*data.SPLITS, "all"], help="default test; valid where there is none")
     p.add_argument("--limit", type=positive, help="only the first N records of each data set")
@@ -1232,7 +1265,9 @@ def build_parser():
     p.add_argument("--fractions", type=number_type(float, 0.001, 100), nargs="+", default=(1, 10, 100),
                    metavar="PERCENT", help="of the training patients, for linear-probe")
     p.add_argument("--repeats", type=positive, default=5, help="draws of patients for each of them but 100")
-    p.add_argument("--out", metavar="FILE.json", help="results, default RUN/results.json")
+    p.add_argument("--out", metavar="FILE",
+                   help="results, default RUN/results.json; or FILE.csv: of --images the "
+                   "scores, of --task zero-shot alone each image's scores and labels")
     p.add_argument("--all-metrics", action="store_true", help="print all rows, not the main ones alone")
     p.add_argument("--gallery", metavar="FILE.png", help="draw images and the reports that they retrieve")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -1244,12 +1279,23 @@ def build_parser():
 def parse_args(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    for mode, options in INSTEAD.items():
+        for name in given if getattr(args, mode) else ():
+            if name not in (mode, *options.split()):
+                parser.error(f"--{mode} does not go with --{name.replace('_', '-')}")
     if args.compare and (args.checkpoint or args.gallery):
         parser.error("--compare does not go with --checkpoint or --gallery")
-    for file, ending in ((args.out, ".json"), (args.gallery, ".png")):
-        if file and not file.lower().endswith(ending):
-            parser.error(f"{file}: the name of this file has to end in {ending}")
+    results = (".csv",) if args.images else (".json", ".csv") if scores_alone(args) else (".json",)
+    for file, endings in ((args.out, results), (args.gallery, (".png",))):
+        if file and not file.lower().endswith(endings):
+            parser.error(f"{file}: the name of this file has to end in {' or '.join(endings)}")
     return args
+
+
+def scores_alone(args):
+    """Whether the results of a command can be a table of each image's scores."""
+    return args.task == ["zero-shot"] and not args.compare
 
 
 def load_split(args, run, specs, split):
@@ -1386,9 +1432,7 @@ def evaluate_run(args, path, out, run, records, chosen):
     note_seen_patients(path, records)
     if args.ids and data.ids_sha256(data.read_ids(args.ids)) not in run.args.held_out:
         data.note(f"{path} did not hold out the patients of {args.ids}; it may have seen these images")
-    new = [name for name in args.classes or data.vocabulary(records) if name not in run.findings]
-    if new:
-        data.note(f"training of {path} had no label {', '.join(new)}")
+    note_untrained(run, args.classes or data.vocabulary(records))
     encoded, results = encode(run, records), {}
 
     @functools.cache
@@ -1421,17 +1465,112 @@ def evaluate_run(args, path, out, run, records, chosen):
     return encoded, results
 
 
-def evaluate(args):
-    """The tasks for each run, on the same records; then the comparison, or the gallery of the one run."""
-    paths = [run_file(path) for path in args.compare or [args.checkpoint or newest_checkpoint()]]
-    outs = [args.out or path.parent / "results.json" for path in paths]
-    for out in outs:
-        read_results(out)  # what is no file of results is refused before anything is computed
+def write_scores(path, run, encoded, args):
+    """Writes each image's score, and label (1, 0 or blank), of each class, for statistics of one's own."""
+    classes, present, absent = chosen_classes(encoded, args.classes)
+    texts, _ = read_prompts(args.prompt_set or run.args.template, classes)
+    scores = combined(encoded.image_features, encode_findings(run, texts), args.combine)
+    labels = np.where(present, "1", np.where(absent, "0", ""))
+    header = ["data", "id", *(f"{name} {what}" for what in ("score", "label") for name in classes)]
+    ids = ([record.source, record.id or record.patient] for record in encoded.records)
+    write_csv(path, header, ([*id, *own, *of] for id, own, of in zip(ids, scores, labels, strict=True)))
+
+
+def load_runs(paths, args):
+    """Checkpoints -> [Run, ...] on the machine that --device and --threads choose."""
     runs = [load_run(path) for path in paths]
     torch.set_num_threads(args.threads or min(runs[0].args.threads, torch.get_num_threads()))
     for run in runs:
         run.args.device = args.device
         run.model.to(resolve_machine(run.args))
+    return runs
+
+
+def write_csv(path, header, rows):
+    with data.replacing(path) as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+
+
+def own_classes(args, run):
+    """The classes of one's own images: --classes, or those of a file of prompts, or the run's findings."""
+    if args.classes:
+        return list(dict.fromkeys(args.classes))
+    if args.prompt_set and args.prompt_set not in (*prompts.TEMPLATES, "ensemble"):
+        return list(read_prompts(args.prompt_set, None)[0])
+    if not run.findings:
+        raise BadInput("this run was trained without findings; --classes names what to look for")
+    return run.findings
+
+
+def own_paths(names):
+    """Files, and all images below folders -> [path, ...], each once."""
+    paths = {}
+    for name in names:
+        below = sorted(data.image_files(name)) if Path(name).is_dir() else [Path(name)]
+        if not below:
+            raise BadInput(f"the folder {name} has no image; known endings are {', '.join(data.ENDINGS)}")
+        paths |= dict.fromkeys(below)
+    return list(paths)
+
+
+def score_own_images(args):
+    """--images: the cosine of each image with each class's prompt, on the screen and as a table."""
+    path, paths = run_file(args.checkpoint or newest_checkpoint()), own_paths(args.images)
+    (run,) = load_runs([path], args)
+    classes = own_classes(args, run)
+    note_untrained(run, classes)
+    texts, _ = read_prompts(args.prompt_set or run.args.template, classes)
+    refuse_equal_prompts(run, texts)
+    features, rows = encode_findings(run, texts), []
+    for each in progress(paths, "images", unit="image"):
+        try:
+            image = data.read_image(each, run.args.channels)
+        except BadInput as error:
+            rows.append((str(each), None, str(error)))
+            continue
+        if len(rows) < 3:
+            data.note_oddities(each, data.read_image(each, 3), run.args.image_size, run.args.channels)
+        scores, _ = image_scores(run, image, features, args.combine)
+        rows.append((str(each), scores, ""))
+    bad = [error for *_, error in rows if error]
+    if len(bad) == len(rows):
+        raise BadInput(f"none of {len(rows):,} images can be read, the first because {bad[0]}")
+    print_scores(path, classes, rows)
+    if args.out:
+        cells = ([each, *(["" for _ in classes] if error else scores), error] for each, scores, error in rows)
+        write_csv(args.out, ["image", *classes, "error"], cells)
+        print(f"\nwritten: {args.out}")
+
+
+def print_scores(path, classes, rows, most=30):
+    """Prints [(image, (C,) scores or None, error), ...] as a table, a row's highest score with a star."""
+    names = [each if len(each) <= 40 else f"...{each[-37:]}" for each, *_ in rows[:most]]
+    width = max(map(len, names))
+    heads = [textwrap.wrap(name, 11, break_long_words=False) for name in classes]
+    widths = [2 + max(6, *map(len, head)) for head in heads]
+    print(f"{path}: cosines of images and prompts, from -1 to 1; none is a probability\n")
+    for line in range(-max(map(len, heads)), 0):
+        cells = (head[line] if -line <= len(head) else "" for head in heads)
+        print(" " * width + "".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True)))
+    for name, (_, scores, error) in zip(names, rows, strict=False):
+        if error:
+            print(f"{name:{width}}  {error}")
+            continue
+        stars = ["*" if score == scores.max() and len(classes) > 1 else "" for score in scores]
+        cells = (f"{star}{score:.3f}" for star, score in zip(stars, scores, strict=True))
+        print(f"{name:{width}}" + "".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True)))
+    if len(rows) > most:
+        print(f"({len(rows) - most:,} more with --out FILE.csv)")
+
+
+def evaluate(args):
+    """The tasks for each run, on the same records; then the comparison, or the gallery of the one run."""
+    paths = [run_file(path) for path in args.compare or [args.checkpoint or newest_checkpoint()]]
+    table = args.out if (args.out or "").lower().endswith(".csv") else None
+    outs = [Path(args.out) if args.out and not table else path.parent / "results.json" for path in paths]
+    for out in outs:
+        read_results(out)  # what is no file of results is refused before anything is computed
+    runs = load_runs(paths, args)
     args.data = args.data or runs[0].args.data
     if args.ids:
         found = data.read_records(args.data, "all", section=runs[0].args.section)
@@ -1453,13 +1592,20 @@ def evaluate(args):
         print_comparison(paths, runs, results, args.all_metrics)
     if args.gallery:
         gallery(encoded, args.gallery)
-    files = dict.fromkeys(map(str, outs + [args.gallery] * bool(args.gallery)))
+    if table:
+        write_scores(table, runs[0], encoded, args)
+    files = dict.fromkeys(str(file) for file in [*outs, table, args.gallery] if file)
     print(f"\nwritten: {', '.join(files)}")
+
+
+def run_options(args):
+    """Does what the options ask for."""
+    score_own_images(args) if args.images else evaluate(args)
 
 
 def main(argv=None):
     stopped = "the results of finished tasks are written"
-    return data.run_program("evaluate.py", lambda: evaluate(parse_args(argv)), stopped)
+    return data.run_program("evaluate.py", lambda: run_options(parse_args(argv)), stopped)
 
 
 if __name__ == "__main__":
