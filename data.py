@@ -881,7 +881,8 @@ def phantom(root, split, limit=None):
     size = 64 if mixed else int(root or 64)
     number = {"train": 6000, "valid": 500, "test": 1000}[split]
     records = []
-    for i in tqdm(range(min(number, limit or number)), "drawing phantoms", leave=False, delay=2):
+    rows = range(min(number, limit or number))
+    for i in tqdm(rows, "drawing phantoms", leave=False, delay=2, disable=None):
         rng = np.random.default_rng([SPLITS.index(split) + 2 * (mixed and split != "train"), i])
         if split == "train" or mixed:
             count = rng.choice(4, p=(0.15, 0.6, 0.2, 0.05))
@@ -1746,7 +1747,7 @@ def call_each(work, jobs):
 def in_processes(work, jobs, workers):
     """Calls work(job) for each job in loading processes, with a bar; yields the results in order."""
     batches = loader(jobs, workers, batch_size=16, collate_fn=partial(call_each, work))
-    with tqdm(total=len(jobs), unit="image", mininterval=1, delay=2) as bar:
+    with tqdm(total=len(jobs), unit="image", mininterval=1, delay=2, disable=None) as bar:
         for results in readable(batches):
             yield from results
             bar.update(len(results))

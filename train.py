@@ -5,6 +5,7 @@
     python train.py --data csv=FILE --preset small              real images, small towers from scratch
     python train.py --data chexpert=FOLDER mimic-cxr=FOLDER     Swin-T and Bio_ClinicalBERT
     python train.py --resume RUN                                goes on where a run was stopped or broke
+    python train.py --init RUN --data csv=FILE --fraction 10    fine-tunes on other data, here a tenth of it
     torchrun --nproc-per-node=4 train.py                        four GPUs; the batch stays what it was
 
 A run leaves RUN/log.jsonl (one JSON object a line), RUN/last.pt, RUN/best.pt, RUN/config.json and
@@ -26,6 +27,8 @@ import hashlib
 import itertools
 import json
 import math
+import operator
+import random
 import re
 import sys
 import time
@@ -231,6 +234,10 @@ def build_parser():
     add("--preset", choices=PRESETS, help="without it small for phantoms, paper for other data")
     add("--out", help="folder of the run; default runs/umcl and the flags that are given")
     add("--resume", metavar="RUN", help="go on with a run; device, threads, workers and the like may change")
+    add("--init", metavar="RUN",
+        help="a new run from another's weights, tokenizer, vectors and sizes, with data of its own")
+    add("--fraction", type=number_type(float, 1e-9, 100), metavar="PERCENT",
+        help="of the training patients, drawn by the seed as linear-probe does")
     add("--seed", type=number_type(int, 0, 2**63 - 1), default=0)
 
     add = p.add_argument_group("ablations").add_argument
@@ -247,6 +254,9 @@ def build_parser():
     add("--image-text", action=on_off, default=True, help="off: no report is read")
     add("--image-label", action=on_off, default=True, help="off: no label prompt is made")
     add("--prompt-weight", type=number_type(float, 0), default=1.0, help="lambda of the prompts' loss (ours)")
+
+    add("--label-noise", type=share, default=0.0, metavar="SHARE",
+        help="of the labelled training images get the labels of others")
 
     add = p.add_argument_group("model").add_argument
     add("--image-size", type=size, help="pixels a side; the cost grows with its square")
@@ -284,8 +294,18 @@ def build_parser():
     add("--workers", type=number_type(int, 0, 256), help="processes that read images; 0 for none")
     add("--log-every", type=positive, default=10, help="steps between two lines of log.jsonl")
     add("--save-every", type=positive, default=1000, help="steps between two saves beside the epochs' ends")
+    for action in p._actions:
+        if action.dest in PRESETS["small"]:
+            values = (f"{name} {preset[action.dest]}" for name, preset in PRESETS.items())
+            action.help = f"{action.help or ''} ({'; '.join(values)})".strip()
     return p
 # fmt: on
+
+# What --init takes from its run.
+SIZES = (
+    "image_size channels patch_size swin_dim swin_depths swin_heads window_size text_model max_length "
+    "embed_dim continuous_prompt prompt_length"
+).split()
 
 
 def parse_args(argv=None):
@@ -296,22 +316,40 @@ def parse_args(argv=None):
     if first.resume is not None:
         return resumed_args(parser, argv, first.resume)
     phantoms_only = all(spec.partition("=")[0] == "phantom" for spec in first.data)
-    preset = first.preset or ("small" if phantoms_only else "paper")
+    saved = saved_options(evaluate.run_file(first.init)) if first.init is not None else {}
+    preset = first.preset or saved.get("preset") or ("small" if phantoms_only else "paper")
     parser.set_defaults(preset=preset, **PRESETS[preset])
+    parser.set_defaults(**{name: saved[name] for name in [*SIZES, "template"] if saved})
     args = parser.parse_args(argv)
+    if other := [name for name in SIZES if saved and getattr(args, name) != saved[name]]:
+        raise BadInput(f"--init {args.init} brings its own {flags(other)}; leave out what differs")
+    if saved and args.image_weights:
+        raise BadInput(f"--init {args.init} brings the image tower's weights, too; leave out --image-weights")
     if args.template not in prompts.TEMPLATES and "{}" not in args.template:
         parser.error(f"--template {args.template!r} is none of {', '.join(prompts.TEMPLATES)} and lacks {{}}")
-    if args.freeze_text and args.text_model == SMALL_BERT:
+    if args.freeze_text and args.text_model == SMALL_BERT and not saved:
         raise BadInput("--freeze-text keeps a pre-trained text tower; name it by --text-model")
     data.check_section(args.section, args.data)
     if args.hold_out_data and not args.hold_out:
         raise BadInput("--hold-out-data says where the images of --hold-out are; name their list")
     if args.out is None:
-        args.out = "runs/" + re.sub(r"[^A-Za-z0-9.]+", "-", " ".join(["umcl", *argv]))[:100].strip("-")
+        args.out = f"runs/{name_of(argv)}"
     refuse_a_run(args.out)
     args.commit = evaluate.commit()
     args.held_out = held_out(args)
     return args
+
+
+def flags(names):
+    """Names of options as they are written -> str."""
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
+
+
+def name_of(argv):
+    """The name of a run by its flags -> str: of paths the last part, of a long name its two ends."""
+    words = [re.sub(r"[^ =]*/(?=[^/ =])", "", word.rstrip("/")) for word in argv]
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", " ".join(["umcl", *words])).strip("-")
+    return name if len(name) <= 100 else f"{name[:50]}...{name[-47:]}"
 
 
 def refuse_a_run(folder):
@@ -373,8 +411,8 @@ def resumed_args(parser, argv, folder):
         args.held_out = held_out(args)
     differ = [name for name, value in saved.items() if name not in free and getattr(args, name) != value]
     if differ:
-        changed = ", ".join(f"--{name.replace('_', '-')}" for name in differ)
-        raise BadInput(f"{changed} would alter the result of {folder}; start a new run for that")
+        way_out = f"start a new run for that, from its weights by --init {folder}"
+        raise BadInput(f"{flags(differ)} would alter the result of {folder}; {way_out}")
     return args
 
 
@@ -602,8 +640,25 @@ def load_splits(args):
     return kept
 
 
+def mislabelled(records, noise, seed):
+    """The records, a share of the labelled ones with labels of others, by the seed and the record -> list."""
+    name = operator.attrgetter("source", "patient", "id")
+    labelled, found = sorted(filter(data.present, records), key=name), []
+    for record in records:
+        chance = random.Random(seed_for(seed, "labels", name(record)))
+        wrong = data.present(record) and chance.random() < noise
+        found.append(replace(record, labels=chance.choice(labelled).labels) if wrong else record)
+    return found
+
+
 def training_records(args, records):
-    """Those of the records that the chosen losses can use; says how many they cannot."""
+    """Those of the records that are drawn and that the chosen losses can use; says how many they cannot."""
+    if args.fraction is not None:
+        drawn = evaluate.drawn_by_patient(records, args.fraction, args.seed)
+        print_once(f"{len(drawn):,} of {len(records):,} training images are drawn by --fraction")
+        records = [records[row] for row in drawn]
+    if args.label_noise:
+        records = mislabelled(records, args.label_noise, args.seed)
     if not args.image_text:
         records = [replace(record, report=None) for record in records]
     reports = torch.tensor([record.report is not None for record in records], dtype=torch.bool)
@@ -683,24 +738,29 @@ def start_of(args):
     """What a run starts from, read before the records are: a checkpoint, BERT and tokenizer, or None."""
     if args.resume is not None:
         return read_checkpoint(Path(args.resume, "last.pt"))
+    if args.init is not None:
+        return read_checkpoint(evaluate.run_file(args.init))
     return load_text_model(args.text_model) if args.text_model != SMALL_BERT else None
 
 
-def new_run(args, records, text_model=None):
-    """An untrained model for these records, on its device -> Run.
+def new_run(args, records, start=None):
+    """A model for these records, on its device -> Run.
 
-    text_model: a pre-trained BERT and its tokenizer; None makes a small one.
+    start: what start_of gives, the checkpoint of --init or a pre-trained BERT and its tokenizer; None makes a
+    small BERT.
     """
     findings = data.vocabulary(records)
+    if args.init is not None:
+        return evaluate.run_from_checkpoint(start | {"args": vars(args), "findings": findings}, args.device)
     # Without label prompts nothing trains the vectors, and random ones would only disturb zero-shot.
     vectors = args.continuous_prompt and args.image_label and args.prompt_weight > 0 and findings
-    if text_model is None:
+    if start is None:
         texts = [record.report for record in records if record.report is not None]
         texts += itertools.chain(*prompts.prompt_set(findings, "ensemble").values())
         if args.template not in prompts.TEMPLATES:
             texts += [prompts.label_prompt(finding, args.template) for finding in findings]
-        text_model = small_text_model(args, texts)
-    bert, tokenizer = text_model
+        start = small_text_model(args, texts)
+    bert, tokenizer = start
     model = build_model(args, bert, args.prompt_length if vectors else 0)
     if args.image_weights:
         load_image_weights(model.image_encoder, args.image_weights)
@@ -855,7 +915,8 @@ class Recorder:
             file.write(json.dumps(config, indent=1) + "\n")
         with data.replacing(self.out / "patients.txt") as file:  # evaluate.py asks whom it has seen
             file.write("".join(f"{each}\n" for each in sorted(patients)))
-        self.bar = tqdm(total=steps, initial=progress.step, unit="step", mininterval=1)
+        # disable=None: no bar where stderr is no terminal
+        self.bar = tqdm(total=steps, initial=progress.step, unit="step", mininterval=1, disable=None)
         self.started = time.time() - progress.seconds
         if progress.step == 0:
             self.save()  # a full disk shows before the first step

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,8 +65,12 @@ def weights(folder):
         ([], "umcl"),
         (["--no-continuous-prompt"], "umcl-no-continuous-prompt"),
         (["--no-label-mask"], "umcl-no-label-mask"),
-        (["--data", "csv=/some/where/a.csv", "--lr", "1e-4"], "umcl-data-csv-some-where-a.csv-lr-1e-4"),
-        (["--template", "x" * 300 + " {}"], "umcl-template-" + "x" * 86),
+        (["--data", "csv=/some/where/a.csv", "--lr", "1e-4"], "umcl-data-csv-a.csv-lr-1e-4"),
+        (["--data", "chexpert=/a/b/", "rsna=../c"], "umcl-data-chexpert-b-rsna-c"),
+        (
+            ["--template", "x" * 300 + " {}", "--seed", "1"],
+            f"umcl-template-{'x' * 36}...{'x' * 40}-seed-1",
+        ),
     ],
 )
 def test_a_run_is_named_after_its_flags(flags, name, tmp_path, monkeypatch):
@@ -90,6 +95,22 @@ def test_a_run_that_is_there_is_not_written_over(tmp_path, monkeypatch, capsys, 
         assert train.main(flags) == 2
         assert refusal(capsys) == said.format(out=out)
     assert [(path.name, path.read_text()) for path in out.iterdir()] == [(name, "precious")]
+
+
+def test_help_shows_the_values_of_both_presets(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        train.parse_args(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for name, value in train.PRESETS["small"].items():
+        other = train.PRESETS["paper"][name]
+        shown = f"(small {value}; paper {other})"
+        assert shown in said and f"--{name.replace('_', '-')} " in said
+
+
+def test_no_progress_bar_is_written_where_nobody_looks(pretrain, capsys):
+    assert pretrain() == 0
+    printed = capsys.readouterr()
+    assert printed.err == "" and "epoch 1: " in printed.out
 
 
 def test_the_machine_is_printed_first_and_all_options_are_kept(pretrain, tmp_path, capsys):
@@ -284,9 +305,44 @@ def test_without_the_prompts_labels_no_absent_finding_enters_their_loss(options,
     assert torch.equal(loss, umcl.contrastive_loss(images[:2], texts, torch.tensor(5.0), same, ids))
 
 
-def test_reports_teach_without_any_finding(pretrain, phantoms):
+def test_reports_teach_without_any_finding(pretrain, phantoms, tmp_path):
     phantoms([replace(record, report=record.id, labels={}) for record in binary(24)[1::3]])
     assert pretrain() == 0
+    lines, _ = log(tmp_path / "run")
+    assert all(line["loss"] == line["loss_report"] > 0 < line["gradient_norm"] for line in lines)
+    assert not any("loss_prompt" in line for line in lines)
+
+
+def test_label_noise_gives_a_share_of_the_records_the_labels_of_others(options):
+    whole = train.load_splits(options("--limit", 400))[0]
+    args = options("--limit", 400, "--label-noise", 0.5)
+    noisy = train.training_records(args, whole)
+    others = sum(a.labels != b.labels for a, b in zip(whole, noisy, strict=True))
+    same = sum(sum(a.labels == b.labels for b in whole) for a in whole) / 400 / 400
+    assert others / 400 == pytest.approx(0.5 * (1 - same), abs=0.1)  # 4 standard errors
+    assert all(
+        (a.report, a.id, a.image is b.image) == (b.report, b.id, True)
+        for a, b in zip(whole, noisy, strict=True)
+    )
+    assert all(any(one.labels == record.labels for record in whole) for one in noisy)
+
+
+def test_which_labels_are_wrong_is_decided_by_the_seed_and_the_record_alone(options):
+    whole = train.load_splits(options("--limit", 100))[0]
+    found = [
+        {record.id: record.labels for record in train.mislabelled(records, 0.3, seed)}
+        for records, seed in [(whole, 0), (whole, 0), (whole[::-1], 0), (whole, 1)]
+    ]
+    assert found[0] == found[1] == found[2] != found[3]
+
+
+@pytest.mark.parametrize("percent", [10, 50, 100])
+def test_a_fraction_of_the_training_patients_is_the_one_that_linear_probe_draws(options, percent):
+    args = options("--limit", 200, "--fraction", percent, "--seed", 3)
+    whole = train.load_splits(args)[0]
+    drawn = [whole[row] for row in evaluate.drawn_by_patient(whole, percent, 3)]
+    assert train.training_records(args, whole) == drawn
+    assert len({r.patient for r in drawn}) == round(percent / 100 * len({r.patient for r in whole}))
 
 
 def test_labels_that_tell_nothing_apart_are_refused(pretrain, phantoms, capsys):
@@ -539,6 +595,7 @@ def test_bad_options_are_one_sentence(pretrain, capsys, flags, named):
 
 
 SENSELESS = """
+    --label-noise=1.5 --label-noise=-1 --fraction=0 --fraction=101
     --warmup=2 --warmup=nan --clip=-1 --lr=nan --lr=inf
     --weight-decay=-1 --drop-path=2 --prompt-weight=-1 --limit=-63 --epochs=0 --epochs=1.5 --batch-size=0
     --embed-dim=0 --prompt-length=-1 --max-length=2 --workers=-1 --seed=99999999999999999999 --image-size=0
@@ -554,6 +611,69 @@ def test_senseless_numbers_unknown_templates_and_abbreviations_are_refused(flag,
     last = capsys.readouterr().err.splitlines()[-1]
     assert name in last and value in last
     assert name != "--template" or all(template in last for template in prompts.TEMPLATES)
+
+
+# ------------------------------------------------------------------------------------------ from another run
+
+
+def test_a_run_starts_from_the_weights_tokenizer_and_vectors_of_another_on_other_data(
+    tiny_run, cases, tmp_path
+):
+    out = tmp_path / "run"
+    argv = [
+        "--init",
+        str(tiny_run),
+        *cases,
+        "--out",
+        str(out),
+        "--lr",
+        "0",
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+    ]
+    assert train.main([*argv, "--epochs", "1", "--precision", "fp32"]) == 0
+    old, new = state(tiny_run, "best.pt"), state(out)
+    assert old["model"].keys() == new["model"].keys() and old["tokenizer"] == new["tokenizer"]
+    assert all(torch.equal(value, new["model"][name]) for name, value in old["model"].items())
+    assert new["findings"] == ["Abdomen", "Head", "Thorax"] != old["findings"]
+    assert json.loads((out / "config.json").read_text())["init"] == str(tiny_run)
+    assert new["args"]["image_size"] == 16  # not the preset's
+
+
+def test_a_run_from_another_learns_and_goes_on_without_the_other(tiny_run, cases, before_step, tmp_path):
+    other, out = shutil.copytree(tiny_run, tmp_path / "other"), tmp_path / "run"
+    before_step(lambda n, *_: signal.raise_signal(signal.SIGTERM) if n == 2 else None)
+    argv = ["--init", str(other), *cases, "--batch-size", "8", "--workers", "0", "--epochs", "1"]
+    assert train.main([*argv, "--freeze-text", "--drop-path", "0.1", "--out", str(out)]) == 143
+    shutil.rmtree(other)
+    assert train.main(["--resume", str(out)]) == 0
+    for name, value in weights(tiny_run).items():
+        if name.startswith("image_encoder") and value.is_floating_point():
+            assert not torch.equal(value, weights(out)[name]), name
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("--embed-dim 8", "its own --embed-dim"),
+        ("--prompt-length 5 --swin-depths 1 1 1", "its own --swin-depths, --prompt-length"),
+        ("--image-weights file", "--image-weights"),
+    ],
+)
+def test_what_another_run_brings_cannot_be_given(tiny_run, capsys, given, named):
+    assert train.main(["--init", str(tiny_run), *given.split()]) == 2 and named in refusal(capsys)
+
+
+def test_a_run_that_is_not_there_starts_none(tmp_path, capsys):
+    assert train.main(["--init", str(tmp_path / "nowhere")]) == 2 and "nowhere" in refusal(capsys)
+
+
+def test_more_epochs_name_the_way_from_a_run_to_a_new_one(tiny_run, capsys):
+    assert train.main(["--resume", str(tiny_run), "--epochs", "9"]) == 2
+    assert f"--epochs would alter the result of {tiny_run}; " in (said := refusal(capsys))
+    assert f"--init {tiny_run}" in said
 
 
 # ----------------------------------------------------------------------------------------- pre-trained towers
