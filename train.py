@@ -743,6 +743,13 @@ def start_of(args):
     return load_text_model(args.text_model) if args.text_model != SMALL_BERT else None
 
 
+def seen_before(args):
+    """Hashes of the patients that the run of --resume or --init was trained on -> set of str."""
+    before = args.init if args.resume is None else args.resume
+    file = evaluate.run_file(before).parent / "patients.txt" if before is not None else None
+    return {line.strip() for _, line in data.read_lines(file)} if file and file.exists() else set()
+
+
 def new_run(args, records, start=None):
     """A model for these records, on its device -> Run.
 
@@ -1011,7 +1018,7 @@ def train_in(args, device, log):
         return 0
     warmup = math.ceil(args.warmup * steps)
     loader = training_loader(run, records, range(done, steps))
-    patients = data.patient_hashes(records)
+    patients = data.patient_hashes(records) | seen_before(args)
     recorder = Recorder(run, optimizer, progress, patients, valid, steps, per_epoch, log) if log else None
     print_once(f"{args.out}/config.json has all options")
 

@@ -389,7 +389,7 @@ def test_the_loss_is_the_reports_and_the_weighted_prompts(pretrain, tmp_path, we
 
 def test_a_run_leaves_two_checkpoints_its_options_and_a_log_of_its_steps_and_epochs(tiny_run):
     names = {path.name for path in tiny_run.iterdir()} - {"results.json"}  # of other tests
-    assert names == {"best.pt", "config.json", "last.pt", "log.jsonl"}
+    assert names == {"best.pt", "config.json", "last.pt", "log.jsonl", "patients.txt"}
     lines, (epoch,) = log(tiny_run)
     keys = "step epoch lr seconds loss loss_report loss_prompt removed_report removed_prompt gradient_norm "
     keys += "logit_scale rows_without_negatives_prompt mean_negatives_report"
@@ -647,8 +647,11 @@ def test_a_run_from_another_learns_and_goes_on_without_the_other(tiny_run, cases
     before_step(lambda n, *_: signal.raise_signal(signal.SIGTERM) if n == 2 else None)
     argv = ["--init", str(other), *cases, "--batch-size", "8", "--workers", "0", "--epochs", "1"]
     assert train.main([*argv, "--freeze-text", "--drop-path", "0.1", "--out", str(out)]) == 143
+    seen = [set((folder / "patients.txt").read_text().split()) for folder in (other, out)]
+    assert seen[0] < seen[1] and len(seen[1]) == len(seen[0]) + 24  # those of both data sets
     shutil.rmtree(other)
     assert train.main(["--resume", str(out)]) == 0
+    assert set((out / "patients.txt").read_text().split()) == seen[1]
     for name, value in weights(tiny_run).items():
         if name.startswith("image_encoder") and value.is_floating_point():
             assert not torch.equal(value, weights(out)[name]), name
