@@ -58,7 +58,7 @@ import numpy as np
 # Waiting threads spin so often, then sleep; libgomp's 300,000 is slower on a crowded machine (REPRODUCE.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 from tqdm import tqdm
 
 SPLITS = ("train", "valid", "test")
@@ -1827,54 +1827,115 @@ def pack(data, out, *, side, channels=1, views=FRONTAL, section="both", workers=
 # -------------------------------------------------------------------------------------------------- copies
 #
 # Collections are made out of each other. A difference hash finds an image again that was shrunk, compressed,
-# brightened or cropped a little: is each cell of a 16 x 16 grid brighter than its left neighbour?
+# brightened, framed or cropped a little: is each cell of a 16 x 16 grid brighter than its left neighbour?
+# A second look at the details of both pictures tells copies from look-alikes. Neither finds a mirrored or
+# inverted copy.
 
-SAME = 20  # of 256 bits; REPRODUCE.md has the data sets that it was chosen on, and its errors
+SAME, ALIKE = 24, 0.91  # bits of 256 that may differ, and how details have to correlate; see REPRODUCE.md
+MARGINS = (0, 0.025, 0.05, 0.1)  # shares that are cut off each side, as a copy may lack them
+
+
+def without_borders(grey):
+    """(H, W) uint8 -> its part inside of borders that are black or white."""
+    for _ in range(3):  # one border may lie in another
+        dark, light = int(grey.min()) + 16, int(grey.max()) - 16
+        for _axis in (0, 1):
+            shown = np.flatnonzero((grey.max(1) > dark) & (grey.min(1) < light))
+            if 16 <= len(shown) < len(grey):  # one line more on each side, as resizing has mixed it
+                grey = grey[shown[0] + 1 : shown[-1]]
+            grey = grey.T
+    return grey
+
+
+def picture_views(image):
+    """Image of a Record -> (V, 64, 64) uint8: without borders, and without each of V margins."""
+    small = read_image(image, about=128).resize((128, 128), Image.Resampling.BILINEAR)
+    grey = without_borders(np.asarray(small))
+    cuts = [(round(grey.shape[0] * share), round(grey.shape[1] * share)) for share in MARGINS]
+    parts = [grey[y : grey.shape[0] - y, x : grey.shape[1] - x] for y, x in cuts]
+    return np.stack([Image.fromarray(part).resize((64, 64), Image.Resampling.BILINEAR) for part in parts])
 
 
 def picture_hash(image):
-    """Image of a Record -> (256,) float32 of 1 and -1; all 0 where there is nothing to compare."""
+    """Image of a Record -> (V, 256) int8 of 1 and -1, a row for each view; 0: nothing to compare."""
     try:
-        small = read_image(image, about=64).resize((64, 64), Image.Resampling.BILINEAR)
+        views = map(Image.fromarray, picture_views(image))
     except BadInput:
-        return np.zeros(256, np.float32)
-    dark = small.getextrema()[0] + 16
-    inside = small.point([255 * (grey > dark) for grey in range(256)]).getbbox()  # without a pack's margins
-    cells = small.crop(inside).resize((17, 16), Image.Resampling.LANCZOS)
-    bits = np.where(np.diff(np.asarray(cells, np.int16)) > 0, 1, -1).astype(np.float32).ravel()
-    return bits * (abs(bits.sum()) <= 256 - 2 * SAME)
+        return np.zeros((len(MARGINS), 256), np.int8)
+    cells = np.stack([view.resize((17, 16), Image.Resampling.LANCZOS) for view in views]).astype(np.int16)
+    bits = np.where(np.diff(cells) > 0, 1, -1).astype(np.int8).reshape(len(cells), 256)
+    return bits * (abs(bits.sum(1, keepdims=True)) <= 256 - 2 * SAME)
 
 
 def near_pairs(one, other):
-    """(N, 256) and (M, 256) hashes -> yields (rows, columns) of near copies, for a block at a time."""
-    of_one, of_other = (np.flatnonzero(hashes.any(1)) for hashes in (one, other))
+    """Hashes of N and of M images -> yields (rows, columns) of those that are near, for a block at a time.
+
+    The whole of one picture is compared with all views of the other. Of one set with itself, row < column.
+    """
+    of_one, of_other = (np.flatnonzero(hashes[:, 0].any(1)) for hashes in (one, other))
     for i, j in product(range(0, len(of_one), 2048), range(0, len(of_other), 2048)):
+        if one is other and j < i:
+            continue
         rows, columns = of_one[i : i + 2048], of_other[j : j + 2048]
+        left, right = (h.astype(np.float32).swapaxes(0, 1) for h in (one[rows], other[columns]))
         # The product is the number of equal bits less that of different ones.
-        near_row, near_column = np.nonzero(one[rows] @ other[columns].T >= 256 - 2 * SAME)
-        yield rows[near_row], columns[near_column]
+        equal = left[0] @ right[0].T
+        for view in range(1, len(MARGINS)):
+            np.maximum(equal, left[0] @ right[view].T, out=equal)
+            np.maximum(equal, left[view] @ right[0].T, out=equal)
+        near_row, near_column = np.nonzero(equal >= 256 - 2 * SAME)
+        rows, columns = rows[near_row], columns[near_column]
+        once = (rows < columns) | (one is not other)
+        yield rows[once], columns[once]
+
+
+def correlation(one, other):
+    """Of the details of two (64, 64) uint8 pictures, the best over shifts of up to three pixels -> float."""
+    spectra = []
+    for picture in (Image.fromarray(one), Image.fromarray(other)):
+        details = np.subtract(picture, picture.filter(ImageFilter.GaussianBlur(6)), dtype=np.float32)
+        details -= details.mean()
+        spectra.append(np.fft.fft2(details / (np.linalg.norm(details) + 1e-6)))
+    shifts = np.arange(-3, 4)
+    return np.fft.ifft2(spectra[0] * spectra[1].conj()).real[np.ix_(shifts, shifts)].max()
+
+
+def alike(one, other):
+    """Whether two pictures show the same, by the views of both."""
+    pairs = [(one[0], other[0]), *((one[0], view) for view in other[1:]), *((v, other[0]) for v in one[1:])]
+    return any(correlation(*pair) >= ALIKE for pair in pairs)
 
 
 def hashes_of(records, workers=0):
     images = [record.image for record in records]
-    return np.reshape(list(in_processes(picture_hash, images, workers)), (-1, 256))
+    return np.reshape(list(in_processes(picture_hash, images, workers)), (-1, len(MARGINS), 256))
+
+
+def copied_pairs(records, others, workers=0):
+    """Yields (record, other) for near copies; of one list with itself each pair once."""
+    hashes = hashes_of(records, workers)
+    views = lru_cache(4096)(lambda record: picture_views(record.image))
+    for rows, columns in near_pairs(hashes, hashes if others is records else hashes_of(others, workers)):
+        for one, other in ((records[i], others[j]) for i, j in zip(rows, columns, strict=True)):
+            if alike(views(one), views(other)):
+                yield one, other
 
 
 def near_copies(records, listed, workers=0):
     """The records whose image is a near copy of a listed one, the listed ones included -> list."""
-    listed = hashes_of(listed, workers)
-    rows = {row for rows, _ in near_pairs(hashes_of(records, workers), listed) for row in rows.tolist()}
-    return [records[row] for row in sorted(rows)]
+    copies = {one for one, _ in copied_pairs(records, [*listed], workers)}
+    return [record for record in records if record in copies]
 
 
 def print_copies(found, workers):
     """Prints near copies among [(data set, split, record), ...] -> whether one is in train and test."""
-    hashes, number, examples = hashes_of([record for *_, record in found], workers), Counter(), []
-    for rows, columns in near_pairs(hashes, hashes):
-        for one, other in ((found[i], found[j]) for i, j in zip(rows, columns, strict=True) if i < j):
-            number[one[:2], other[:2]] += 1
-            examples += [f"    {one[2].image} = {other[2].image}"] * (len(examples) < 3)
-    print(f"near copies (at most {SAME} of 256 bits of a difference hash differ): {number.total():,} pairs")
+    places, number, examples = {record: place for *place, record in found}, Counter(), []
+    records = [*places]
+    for one, other in copied_pairs(records, records, workers):
+        number[tuple(places[one]), tuple(places[other])] += 1
+        examples += [f"    {one.image} = {other.image}"] * (len(examples) < 3)
+    rule = f"{SAME} of 256 bits may differ, details correlate by {ALIKE} or more"
+    print(f"near copies ({rule}): {number.total():,} pairs")
     for both, times in number.items():
         print(f"  {times:,} in {' and '.join(map(' '.join, dict.fromkeys(both)))}")
     print("\n".join(examples))

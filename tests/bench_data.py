@@ -1,10 +1,12 @@
-"""Measurements by hand: `python tests/bench_data.py` and `python tests/bench_data.py train.csv`.
+"""Measurements by hand: `python tests/bench_data.py`, with `train.csv`, or with `copies [FOLDER]`.
 
 With CheXpert's table: what the label mask removes from random batches, and what it leaves to an image among
 label prompts. Without: how long one loading process takes for a full-size radiograph (2544 x
-3056, grey JPEG, quality 95, as in MIMIC-CXR-JPG), and for the same image in a pack.
+3056, grey JPEG, quality 95, as in MIMIC-CXR-JPG), and for the same image in a pack. With "copies": after
+which changes a copy is still found, of phantoms or of the images in FOLDER, and how many pairs of others are.
 """
 
+import io
 import sys
 import tempfile
 import time
@@ -14,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
@@ -93,5 +95,53 @@ def reading():
             print(f"{name}: {milliseconds(data.load_records([spec], 'train')):.1f} ms an image")
 
 
+CHANGES = {
+    "half the size": lambda image: image.reduce(2),
+    "JPEG of quality 30": lambda image: as_jpeg(image, 30),
+    "crop 2 % a side": lambda image: ImageOps.crop(image, round(image.width * 0.02)),
+    "crop 5 % a side": lambda image: ImageOps.crop(image, round(image.width * 0.05)),
+    "crop 10 % a side": lambda image: ImageOps.crop(image, round(image.width * 0.1)),
+    "rotation 2 degrees": lambda image: image.rotate(2, Image.Resampling.BILINEAR),
+    "rotation 5 degrees": lambda image: image.rotate(5, Image.Resampling.BILINEAR),
+    "white border": lambda image: ImageOps.expand(image, image.width // 12, 255),
+    "black border": lambda image: ImageOps.expand(image, image.width // 12, 0),
+    "gamma 0.7": lambda image: image.point([255 * (grey / 255) ** 0.7 for grey in range(256)]),
+    "mirror": ImageOps.mirror,
+    "negative": ImageOps.invert,
+}
+
+
+def as_jpeg(image, quality):
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return Image.open(file).convert("L")
+
+
+def copies(folder=None, count=200):
+    """Prints, for each change, the share of images of which the changed copy is found."""
+    if folder:
+        images = [data.read_image(path) for path in sorted(data.image_files(folder))[:count]]
+    else:
+        images = [data.draw_phantom(np.random.default_rng(n), {"Edema"}, 256)[0] for n in range(count)]
+        images = list(map(Image.fromarray, images))
+
+    def views_and_hash(image):
+        return data.picture_views(np.asarray(image)), data.picture_hash(np.asarray(image))
+
+    originals = list(map(views_and_hash, images))
+    for name, change in CHANGES.items():
+        changed = [views_and_hash(change(image)) for image in images]
+        found = [
+            any(len(rows) for rows, _ in data.near_pairs(h[None], other[None])) and data.alike(views, seen)
+            for (views, h), (seen, other) in zip(originals, changed, strict=True)
+        ]
+        print(f"{name:20} {np.mean(found):.2f}")
+    records = [data.Record(np.asarray(image), None, {}, "", "") for image in images]
+    print(f"{len(list(data.copied_pairs(records, records)))} pairs among the {len(images)} originals")
+
+
 if __name__ == "__main__":
-    masked(*sys.argv[1:]) if sys.argv[1:] else reading()
+    if sys.argv[1:2] == ["copies"]:
+        copies(*sys.argv[2:])
+    else:
+        masked(*sys.argv[1:]) if sys.argv[1:] else reading()

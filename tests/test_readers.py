@@ -13,7 +13,7 @@ import layouts
 import numpy as np
 import pytest
 from layouts import MARKER, READERS, build, contents, everything, real, refused, table_of, tables
-from PIL import Image
+from PIL import Image, ImageOps
 
 import data
 import train
@@ -712,6 +712,12 @@ COPIES = {
     "resized": lambda image: image.resize((70, 80)),
     "recompressed": jpeg,
     "cropped": lambda image: image.crop((2, 1, 159, 158)),
+    "cropped by 5 % a side": lambda image: image.crop((8, 8, 152, 152)),
+    "cropped by 10 % a side": lambda image: image.crop((16, 16, 144, 144)),
+    "turned by 1 degree": lambda image: image.rotate(1, Image.Resampling.BILINEAR),
+    "framed in white": lambda image: ImageOps.expand(image, 15, 255),
+    "framed in black": lambda image: ImageOps.expand(image, (30, 5), 0),
+    "framed twice": lambda image: ImageOps.expand(ImageOps.expand(image, (30, 5), 0), 15, 255),
     "brighter": lambda image: image.point(lambda grey: min(255, int(grey * 1.15) + 10)),
 }
 
@@ -732,8 +738,34 @@ def test_a_copy_is_found(kind):
 
 def test_other_patients_in_the_same_pose_are_no_copies():
     records = as_records(map(picture, range(40)))
+    assert list(data.copied_pairs(records, records)) == []
+
+
+def test_look_alikes_within_the_hash_are_no_copies_by_their_details():
+    """Lesions: a dark blob on bright skin, each with a texture of its own."""
+    y, x = np.mgrid[-1:1:128j, -1:1:128j]
+    shape, images = 200 - 120 * np.exp(-2 * ((x - 0.1) ** 2 + y**2)) - 30 * x, []
+    for n in range(6):
+        texture = Image.fromarray(np.random.default_rng(n).integers(0, 256, (24, 24), np.uint8)).resize(
+            (128, 128)
+        )
+        images.append(Image.fromarray((shape + np.asarray(texture) / 20).astype(np.uint8)))
+    records = as_records(images)
     hashes = data.hashes_of(records)
-    assert sum((rows < columns).sum() for rows, columns in data.near_pairs(hashes, hashes)) == 0
+    assert sum(len(rows) for rows, _ in data.near_pairs(hashes, hashes)) > 0
+    assert list(data.copied_pairs(records, records)) == []
+    assert data.near_copies(records, as_records(images[2:3])) == records[2:3]
+
+
+def test_pairs_of_one_set_are_those_of_two_equal_sets_each_once():
+    rng = np.random.default_rng(0)
+    hashes = rng.choice(np.int8([-1, 1]), (2100, 1, 256)).repeat(len(data.MARGINS), axis=1)  # two blocks
+    hashes[[7, 1500, 2099]] = hashes[3]
+    once, twice = (
+        {(i, j) for rows, columns in found for i, j in zip(rows.tolist(), columns.tolist(), strict=True)}
+        for found in (data.near_pairs(hashes, hashes), data.near_pairs(hashes, hashes.copy()))
+    )
+    assert once == {(i, j) for i, j in twice if i < j} and len(once) == 6
 
 
 def test_an_image_of_one_grey_or_none_is_nobodys_copy(tmp_path):
