@@ -1312,8 +1312,9 @@ def covid_folders(root):
 
 
 def class_folders(root):
-    """{name: folder} of the folders right below root, without hidden ones and those that archivers add."""
-    return {path.name: path for path in subfolders(root) if path.name[0] not in "._"}
+    """{name: folder} of the folders right below root with an image, but for hidden and archivers' ones."""
+    shown = (path for path in subfolders(root) if path.name[0] not in "._")
+    return {path.name: path for path in shown if next(image_files(path), None)}
 
 
 def class_folder_images(root, split):
@@ -1380,7 +1381,10 @@ def openi_reports(root):
             texts = {Path(m.name).stem: file.extractfile(m).read() for m in file if m.name.endswith(".xml")}
     for number, text in sorted(texts.items(), key=lambda item: (len(item[0]), item[0])):  # 2 before 10
         with reading(text if folder else f"{archive}, {number}.xml"):
-            yield number, ElementTree.fromstring(open_file(text).read() if folder else text)
+            if folder:
+                with open_file(text) as file:
+                    text = file.read()
+            yield number, ElementTree.fromstring(text)
 
 
 def openi(root, split, section="both"):

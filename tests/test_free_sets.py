@@ -266,6 +266,7 @@ def test_a_folder_that_is_none_of_classes_is_refused(names, tmp_path):
 
 def test_what_archivers_and_systems_add_is_no_class(tmp_path):
     spec = images(tmp_path, "A/1.png", "B/1.png", "__MACOSX/A/1.png", ".git/x.png", "A/._1.png", "A/.x/2.png")
+    (tmp_path / "notes").mkdir()
     assert sorted(by_id(spec)) == ["A/.x/2.png", "A/1.png", "B/1.png"]
 
 
