@@ -1157,6 +1157,57 @@ def gallery(encoded, path, rows=4, columns=3, side=224):
             frame = left, top, left + side, top + title + side
             draw.rectangle(frame, outline="green" if match else "red", width=3)
             draw.multiline_text((left + 8, top + 6), "\n".join(lines), "black", FONT)
+    save_picture(picture, path)
+
+
+HEAT = 0.5  # cosine of the strongest colour: one scale for all maps, so that any two can be compared
+HOT, COLD = np.array((210, 0, 0)), np.array((0, 60, 230))
+NO_EXPLANATION = "The cosine of each cell with the prompt. Cells know of each other: a map is no explanation."
+
+
+def heated(pixels, scores):
+    """Lays red over what is near and blue over what is far: (H, W, 3), (H, W) -> (H, W, 3) uint8."""
+    strength = 0.7 * np.minimum(np.abs(scores) / HEAT, 1)[..., None]
+    return (pixels * (1 - strength) + np.where(scores[..., None] > 0, HOT, COLD) * strength).astype(np.uint8)
+
+
+def heatmaps(classes, found, path, side=224):
+    """Draws images beside the scores of their cells for each class, with one scale for all.
+
+    found: [(path of an image, (C,) scores, (S, S, C) scores of its cells), ...], see image_scores.
+    """
+    width, height, title, foot = side + 8, side + 48, 40, 48  # of a tile, of the line above it, of the scale
+    size = max(1 + len(classes), 3) * width, foot + len(found) * height + foot
+    picture = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(picture)
+    for top, (name, scores, cells) in zip(range(foot, picture.height, height), found, strict=False):
+        view = data.to_pillow(data.evaluation_transform(side)(data.read_image(name, 3)))
+        draw.text((4, top + 4), ending(Path(name).name, 28), "black", FONT)
+        picture.paste(view, (4, top + title))
+        for i, finding in enumerate(classes):
+            left = 4 + (1 + i) * width
+            draw.text((left, top + 4), f"{finding[:28]}\n{scores[i]:+.3f}", "black", FONT)
+            smooth = Image.fromarray(np.float32(cells[..., i])).resize(
+                (side, side), Image.Resampling.BILINEAR
+            )
+            drawn = heated(np.asarray(view), np.asarray(smooth))
+            picture.paste(Image.fromarray(drawn), (left, top + title))
+    draw.text((4, 6), textwrap.fill(NO_EXPLANATION, picture.width // 8), "black", FONT)
+    scale = np.linspace(-HEAT, HEAT, 2 * side)[None].repeat(14, 0)
+    picture.paste(Image.fromarray(heated(np.full((*scale.shape, 3), 128), scale)), (24, picture.height - 40))
+    for i, value in enumerate((-HEAT, 0, HEAT)):
+        draw.text(
+            (24 + i * side, picture.height - 22), f"{value:+g}" * bool(value) or "0", "black", FONT, "ma"
+        )
+    save_picture(picture, path)
+
+
+def ending(name, most):
+    """A name, or its last characters where it has more than so many; of runs they tell them apart."""
+    return name if len(name) <= most else f"...{name[3 - most :]}"
+
+
+def save_picture(picture, path):
     with data.replacing(path, "xb") as file:
         picture.save(file, format="PNG")
 
@@ -1234,7 +1285,7 @@ def commit():
 
 
 # What stands in the place of the tasks, and the options that mean something beside it.
-INSTEAD = {"images": "checkpoint classes prompt_set combine out device threads"}
+INSTEAD = {"images": "checkpoint classes prompt_set combine out heatmap device threads"}
 
 
 # fmt: off
@@ -1269,6 +1320,7 @@ def build_parser():
                    help="results, default RUN/results.json; or FILE.csv: of --images the "
                    "scores, of --task zero-shot alone each image's scores and labels")
     p.add_argument("--all-metrics", action="store_true", help="print all rows, not the main ones alone")
+    p.add_argument("--heatmap", metavar="FILE.png", help="draw the scores of the cells of --images over them")
     p.add_argument("--gallery", metavar="FILE.png", help="draw images and the reports that they retrieve")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     p.add_argument("--threads", type=number_type(int, 1, 1024), help="on the CPU; default as in training")
@@ -1286,8 +1338,10 @@ def parse_args(argv=None):
                 parser.error(f"--{mode} does not go with --{name.replace('_', '-')}")
     if args.compare and (args.checkpoint or args.gallery):
         parser.error("--compare does not go with --checkpoint or --gallery")
+    if args.heatmap and not args.images:
+        parser.error("--heatmap needs --images")
     results = (".csv",) if args.images else (".json", ".csv") if scores_alone(args) else (".json",)
-    for file, endings in ((args.out, results), (args.gallery, (".png",))):
+    for file, endings in ((args.out, results), (args.gallery, (".png",)), (args.heatmap, (".png",))):
         if file and not file.lower().endswith(endings):
             parser.error(f"{file}: the name of this file has to end in {' or '.join(endings)}")
     return args
@@ -1521,7 +1575,7 @@ def score_own_images(args):
     note_untrained(run, classes)
     texts, _ = read_prompts(args.prompt_set or run.args.template, classes)
     refuse_equal_prompts(run, texts)
-    features, rows = encode_findings(run, texts), []
+    features, rows, cells_of = encode_findings(run, texts), [], {}
     for each in progress(paths, "images", unit="image"):
         try:
             image = data.read_image(each, run.args.channels)
@@ -1530,8 +1584,9 @@ def score_own_images(args):
             continue
         if len(rows) < 3:
             data.note_oddities(each, data.read_image(each, 3), run.args.image_size, run.args.channels)
-        scores, _ = image_scores(run, image, features, args.combine)
+        scores, cells = image_scores(run, image, features, args.combine)
         rows.append((str(each), scores, ""))
+        cells_of[each] = scores, cells
     bad = [error for *_, error in rows if error]
     if len(bad) == len(rows):
         raise BadInput(f"none of {len(rows):,} images can be read, the first because {bad[0]}")
@@ -1539,12 +1594,20 @@ def score_own_images(args):
     if args.out:
         cells = ([each, *(["" for _ in classes] if error else scores), error] for each, scores, error in rows)
         write_csv(args.out, ["image", *classes, "error"], cells)
-        print(f"\nwritten: {args.out}")
+    if args.heatmap:
+        if len(cells_of) > MAPPED:
+            data.note(f"{args.heatmap} shows the first {MAPPED} of {len(cells_of):,} images")
+        heatmaps(classes, [(each, *cells_of[each]) for each in list(cells_of)[:MAPPED]], args.heatmap)
+    if args.out or args.heatmap:
+        print(f"\nwritten: {', '.join(file for file in (args.out, args.heatmap) if file)}")
+
+
+MAPPED = 16  # images of a picture of heat maps; more would be tens of thousands of pixels high
 
 
 def print_scores(path, classes, rows, most=30):
     """Prints [(image, (C,) scores or None, error), ...] as a table, a row's highest score with a star."""
-    names = [each if len(each) <= 40 else f"...{each[-37:]}" for each, *_ in rows[:most]]
+    names = [ending(each, 40) for each, *_ in rows[:most]]
     width = max(map(len, names))
     heads = [textwrap.wrap(name, 11, break_long_words=False) for name in classes]
     widths = [2 + max(6, *map(len, head)) for head in heads]

@@ -4,6 +4,7 @@ import csv
 
 import numpy as np
 import pytest
+import torch
 from conftest import refusal
 from PIL import Image
 
@@ -111,6 +112,70 @@ def test_a_finding_that_the_run_never_saw_is_noted(own, run, folder, capsys):
     assert "no label Scurvy" in capsys.readouterr().err
     assert own(folder / "a.png", "--classes", "Rickets") == 0
     assert "no label Rickets" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ heat maps
+
+
+def test_the_score_of_a_cell_is_its_own_cosine_row_by_row(run):
+    picture = Image.fromarray(data.phantom("16", "test")[0].image)
+    texts = evaluate.encode_findings(run, {name: [name] for name in ("Edema", "Atelectasis")})
+    whole, cells = evaluate.image_scores(run, picture, texts, "mean-embedding")
+    images = data.normalise(data.evaluation_transform(16)(picture)[None])
+    with torch.no_grad():
+        features = run.model.project_image(run.model.image_encoder.cells(images))[0].numpy()
+    np.testing.assert_allclose(cells[0, 1], [features[1] @ text[0] for text in texts], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(cells[1, 0], [features[2] @ text[0] for text in texts], rtol=0, atol=1e-5)
+    own = evaluate.encode_images(run, [picture])[0]
+    np.testing.assert_allclose(whole, [own @ text[0] for text in texts], rtol=0, atol=1e-5)
+
+
+def corners(path, column):
+    """Mean colours of the corners of a map in the first row of a picture -> (2, 2, 3)."""
+    left, top = 4 + column * 232, 48 + 40
+    pixels = np.asarray(Image.open(path))[top : top + 224, left : left + 224].astype(float)
+    return pixels[::223][:, ::223]
+
+
+def test_a_map_is_red_where_cells_are_near_blue_where_far_and_of_one_scale(tmp_path):
+    Image.new("L", (40, 40), 100).save(tmp_path / "grey.png")
+    cells = np.zeros((2, 2, 3))
+    cells[0, 1], cells[1, 0] = (0.4, 0.2, 9), (-0.4, -0.2, -9)  # of three classes
+    found = [(tmp_path / "grey.png", np.zeros(3), cells)]
+    evaluate.heatmaps(["A", "B", "C"], found, tmp_path / "map.png")
+    assert (corners(tmp_path / "map.png", 0) == 100).all()
+    strong, weak, most = (corners(tmp_path / "map.png", i) for i in (1, 2, 3))
+    assert (strong[0, 0] == 100).all() and (strong[1, 1] == 100).all()
+    for (red, _, blue), (weak_red, _, weak_blue), (most_red, _, most_blue) in (
+        (strong[0, 1], weak[0, 1], most[0, 1]),
+        (strong[1, 0][::-1], weak[1, 0][::-1], most[1, 0][::-1]),
+    ):
+        assert most_red > red > weak_red > 100 > weak_blue > blue > most_blue
+
+
+def test_maps_of_colour_images_are_in_colour(own, tmp_path, capsys):
+    Image.new("RGB", (40, 20), (0, 200, 0)).save(tmp_path / "green.png")
+    out = tmp_path / "map.png"
+    assert own(tmp_path / "green.png", "--classes", "Edema", "--heatmap", out) == 0
+    assert tuple(np.asarray(Image.open(out))[48 + 40 + 112, 4 + 112]) == (0, 200, 0)
+    assert capsys.readouterr().out.splitlines()[-1] == f"written: {out}"
+
+
+def test_a_picture_of_maps_has_a_row_an_image_a_column_a_class_and_a_bound(
+    own, folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(evaluate, "MAPPED", 2)
+    sizes = []
+    for images in (["a.png"], ["a.png", "b.png"], ["a.png", "broken.png", "b.png", "below/c.png"]):
+        assert own(*(folder / name for name in images), "--heatmap", tmp_path / "map.png") == 0
+        sizes.append(Image.open(tmp_path / "map.png").size)
+    assert sizes[0] == (7 * 232, 2 * 48 + 272) and sizes[1] == sizes[2] == (7 * 232, 2 * 48 + 2 * 272)
+
+
+def test_a_heat_map_needs_images(tiny_run, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(["--checkpoint", str(tiny_run), "--heatmap", "x.png"])
+    assert "--heatmap needs --images" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------- tables of scores
