@@ -63,15 +63,16 @@ from tqdm import tqdm
 
 SPLITS = ("train", "valid", "test")
 SPLIT_NAMES = {  # as they are called elsewhere
-    **dict(zip(SPLITS, SPLITS, strict=True)),
+    **dict(zip(SPLITS, SPLITS, strict=True)), "training": "train", "testing": "test",
     **dict.fromkeys(("validate", "validation", "val", "dev"), "valid"),
-}
+}  # fmt: skip
 VIEWS = ("PA", "AP", "FRONTAL", "LATERAL", "UNKNOWN")
 FRONTAL = ("PA", "AP", "FRONTAL")
 STATES = (1, 0, -1, None)  # of a finding: present, absent, uncertain, not mentioned
 UNCERTAIN = ("ignore", "zeros", "ones", "competition")
 NO_FINDING = "No Finding"
-NON_DISEASES = frozenset({NO_FINDING, "Support Devices"})
+SUPPORT_DEVICES = "Support Devices"
+NON_DISEASES = frozenset({NO_FINDING, SUPPORT_DEVICES})
 COMPETITION = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
 CHEXPERT = (
     NO_FINDING, "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema",
@@ -122,8 +123,9 @@ def settle(record, policy):
     blank, nothing present       unknown  unknown  unknown  unknown
 
     "zeros" is MedCLIP's policy, "competition" is GLoRIA's, "ignore" is ours: the loss and the metrics skip
-    what is unknown. A blank parent (see PARENTS) of what may be present is unknown: no negative, and no
-    positive that no labeler gave (ours). An image without findings is not normal; its source has to say
+    what is unknown. A device counts as nothing present: whoever names a tube alone has not said that the
+    lungs are clear (ours). A blank parent (see PARENTS) of what may be present is unknown: no negative, and
+    no positive that no labeler gave (ours). An image without findings is not normal; its source has to say
     "No Finding".
     """
     return replace(record, labels=settled(tuple(record.labels.items()), policy))
@@ -137,7 +139,7 @@ def settled(labels, policy):
         positive = some.get(policy, ())
         labels = [(name, int(name in positive) if value == -1 else value) for name, value in labels]
     parents = set().union(*(PARENTS.get(name, ()) for name, value in labels if value in (1, -1)))
-    if any(value == 1 for _, value in labels):
+    if any(value == 1 and name != SUPPORT_DEVICES for name, value in labels):
         labels = [(name, 0 if value is None and name not in parents else value) for name, value in labels]
     return {name: value for name, value in labels if value in (1, 0)}
 
@@ -170,6 +172,17 @@ def known(labels, findings):
 def restricted(records, findings):
     """The records with what is known of these findings alone, including what other findings imply."""
     return [replace(r, labels=known(tuple(r.labels.items()), findings)) for r in records]
+
+
+def plain(name):
+    """A name without case, blanks and underscores; names that are then alike mean one thing."""
+    return re.sub(r"[\s_]+", "", name).casefold()
+
+
+def spellings(names):
+    """Names of findings -> {name: its spelling here}: CheXpert's, else the first of those that are alike."""
+    spelling = {plain(name): name for name in (*sorted(names, reverse=True), *CHEXPERT)}
+    return {name: spelling[plain(name)] for name in names}
 
 
 def vocabulary(records):
@@ -915,6 +928,9 @@ def reading(path, place=""):
     except Exception as error:  # whatever unpacks or parses has errors of its own, and no list is complete
         if getattr(error, "errno", None):
             raise BadInput(f"{path} cannot be read ({error.strerror})") from error
+        if isinstance(error, csv.Error) and "field limit" in str(error):
+            cell = f"a cell of over {csv.field_size_limit():,} characters"
+            raise BadInput(f"{path}{at.place} has {cell}; shorten it, or close its quotation mark") from error
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise BadInput(f"{path}{at.place} is cut short or damaged ({what}); get it again") from error
 
@@ -934,18 +950,33 @@ def open_file(path):
     return (gzip.open if path.suffix == ".gz" else open)(path, "rb")
 
 
+def header_shown(header, columns):
+    """The names in a table's first line, in an error; without one of the columns it may be no header.
+
+    Then only the names that we know are shown.
+    """
+    sure = set(header) & set(columns)
+    names = [name for name in header if sure or name in CHEXPERT or plain(name) in KNOWN_COLUMNS]
+    others = [f"{len(header) - len(names)} others"] if len(names) < len(header) else []
+    return ", ".join([*map(repr, names), *others])
+
+
 def read_lines(path):
     """Lines of a UTF-8 text file, plain or as .gz or .zip -> yields (number, line)."""
     with reading(path) as at, open_file(Path(path)) as file:
         for number, line in enumerate(file, 1):
             at.place = f", line {number},"
-            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            if "\0" in text:
+                raise BadInput(f"{path}{at.place} holds a NUL character, which no text has; save it as UTF-8")
+            yield number, text
 
 
-def shown(cell):
-    """A cell in an error: a state or a name, which has a digit and no blank. Others may be a report."""
-    known = len(cell) <= 12 or cell in CHEXPERT or re.fullmatch(r"\S*\d\S*", cell[:200])
-    return repr(cell[:200]) if known else f"of {len(cell)} characters"
+def shown(id):
+    """An id in an error, where it looks like a path or a number. Anything else may be a report."""
+    plain = re.fullmatch(r"[\w.~+=:@/-]{1,60}", id, re.ASCII)
+    looks = plain and (re.search(r"[\d/]", id) or id.lower().endswith(ENDINGS))
+    return repr(id) if looks else f"of {len(id)} characters"
 
 
 def refuse_repeats(names, where):
@@ -954,22 +985,30 @@ def refuse_repeats(names, where):
             raise BadInput(f"{where} {shown(name)} {times} times; keep one")
 
 
-SWALLOWED = re.compile(r"\n[^\n]*\.(?:png|jpe?g|dcm|tiff?|bmp)[ \"]*(?:,|$)", re.IGNORECASE | re.MULTILINE)
+SWALLOWED = re.compile(
+    r"\n[^\n]*\.(?:png|jpe?g|dcm|tiff?|bmp)[ \"]*(?:[,;\t]|$)", re.IGNORECASE | re.MULTILINE
+)
 
 
 def read_table(path, columns=()):
     """Rows of a CSV file, plain or as .gz or .zip -> yields ("PATH, row N", {column: cell}).
 
+    Its cells are separated by commas; where its first line has none, by semicolons or tabs.
     Refuses a missing or repeated column, a row of another length, and a quotation mark that swallows rows.
     """
-    rows = csv.reader((line for _, line in read_lines(path)), strict=True)
+    lines = (line for _, line in read_lines(path))
+    first = next(lines, "")
+    separator = next((sign for sign in ",;\t" if sign in first), ",")
+    rows = csv.reader(chain([first], lines), delimiter=separator, strict=True)
     with reading(path) as at:
         header = [name.strip() for name in next(rows, [])]
-        there = ", ".join(name if len(name) <= 12 or name in CHEXPERT else "..." for name in header)
-        for name in columns:
-            if name not in header:
-                raise BadInput(f"{path} has no column {name!r}; it has {there}")
-        refuse_repeats(header, f"{path} has the column")
+        lacking = [name for name in columns if name not in header]
+        if lacking:
+            raise BadInput(f"{path} has no column {lacking[0]!r}; it has {header_shown(header, columns)}")
+        for name, times in Counter(filter(None, header)).items():
+            if times > 1:
+                name = header_shown([name], ())
+                raise BadInput(f"{path} has the column {name} {times} times; keep one")
         line = rows.line_num
         for number, cells in enumerate(rows, 2):
             where = f"{path}, row {number}"
@@ -1017,7 +1056,7 @@ def images_under(root):
 
 
 NOT_ANNOTATED = "unknown"  # the cell of a finding that the image's source does not look for
-VALUES = {"1": 1, "0": 0, "-1": -1, "": None, "1.0": 1, "0.0": 0, "-1.0": -1}
+VALUES = {"1": 1, "0": 0, "-1": -1, "": None, "1.0": 1, "0.0": 0, "-1.0": -1, "true": 1, "false": 0}
 
 
 @cache  # so that the records of a data set share few dicts
@@ -1025,11 +1064,12 @@ def read_labels(names, cells):
     """Cells of a labeler's table, in the order of its columns' names -> Record.labels."""
     labels = {}
     for name, cell in zip(names, map(str.strip, cells), strict=True):
-        if cell in VALUES:
-            labels[name] = VALUES[cell]
+        if cell.lower() in VALUES:
+            labels[name] = VALUES[cell.lower()]
         elif cell != NOT_ANNOTATED:
             states = f"1, 0, -1, {NOT_ANNOTATED} and blank"
-            raise BadInput(f"column {shown(name)} has the value {shown(cell)}, which is none of {states}")
+            value = f"value {cell!r}, which" if len(cell) <= 12 and cell.isascii() else "a value that"
+            raise BadInput(f"column {name!r} has the {value} is none of {states}")
     return labels
 
 
@@ -1049,9 +1089,19 @@ def clean(text):
     return as_written(re.sub(r"\s+(?=[.,;:)])", "", text).lstrip(" .,;:-"))
 
 
+NO_VALUE = {"nan", "none", "null", "na", "nat", "nil", "missing", "undefined", "notavailable", "noreport"}
+
+
+def is_missing(cell):
+    """Whether a cell is blank, or says like "nan", "<NA>" or "N/A" that its program had no value."""
+    cell = cell.strip()
+    short = len(cell) < 20 and cell[:1] not in "-01"  # most cells are states
+    return not cell or (short and re.sub(r"[\W_]+", "", cell.lower()) in NO_VALUE)
+
+
 def as_written(text):
     """A text without the blanks around it, or None where it has no word: then there is no report."""
-    return text.strip() if re.search(r"[^\W\d_]{2}", text) else None
+    return text.strip() if re.search(r"[^\W\d_]{2}", text) and not is_missing(text) else None
 
 
 def join(*sections):
@@ -1144,11 +1194,11 @@ def mimic_cxr(root, split, section="both"):
     return [replace(r, image=metadata.parent / r.id, report=t) for r, t in zip(records, texts, strict=True)]
 
 
-def mimic_table(metadata, *splits):
-    """Records of the images in these official splits, without report; the other two tables lie beside."""
-    metadata, records = Path(metadata), []
+def mimic_table(table, *splits):
+    """Records of the images in these official splits, without report; table: any of the three."""
+    folder, stem = Path(table).parent, re.sub(r"(metadata|split|chexpert)\.csv.*", "", Path(table).name)
+    metadata, records = find_table(folder, stem + "metadata.csv"), []
     next(read_table(metadata), None)  # where the folder is wrong, name this table, not those beside it
-    folder, stem = metadata.parent, metadata.name.partition("metadata.csv")[0]
     rows = read_table(find_table(folder, stem + "split.csv"), ("dicom_id", "split"))
     chosen = {row["dicom_id"] for _, row in rows if row["split"] in splits}
     rows = read_table(find_table(folder, stem + "chexpert.csv"), ("study_id", *CHEXPERT))
@@ -1555,7 +1605,31 @@ def roco(root, split):
     return split_by_patient(records)[split]
 
 
-CSV_COLUMNS = ("image", "id", "source", "patient", "split", "view", "report")
+COLUMNS = {  # of a user's table, and the other names that are taken for them, see `plain`
+    "image": {"filename", "file", "path", "filepath", "imagepath", "imagefile", "imagename", "imageindex"},
+    "id": {"imageid"},
+    "source": set(),
+    "patient": {"patientid", "subject", "subjectid"},
+    "split": {"fold", "set", "subset", "partition"},
+    "view": {"viewposition", "projection"},
+    "report": {"reporttext", "text", "caption", "impression"},
+}
+CSV_COLUMNS = tuple(COLUMNS)
+KNOWN_COLUMNS = COLUMNS.keys() | set().union(*COLUMNS.values())
+# These hold names of findings; "finding" and "findings" may hold reports instead.
+OF_NAMES = {"finding", "findings", "label", "labels", "findinglabel", "findinglabels"}
+NO_FINDINGS = {"height", "weight", "year", "index", "patientage", "patientsex", "patientgender"}
+NO_FINDING_WORDS = {"id", "uid", "age", "sex", "gender", "race", "ethnicity", "bmi", "date", "unnamed"}
+
+
+class Columns(NamedTuple):
+    """What the columns of a user's table are."""
+
+    known: dict  # {one of CSV_COLUMNS: [column, ...]}; a report may stand in two
+    states: dict  # {column of states: finding}
+    names: list  # columns whose cells name findings
+    spelling: dict  # {name in such a cell: finding}
+    left_out: list
 
 
 def csv_table(table, split):
@@ -1564,43 +1638,147 @@ def csv_table(table, split):
     Where the cells are blank, the id and the patient of an image are its path and its source is csv; without
     a column of splits, they are drawn by patient. Columns with other cells are left out, which a note says.
     """
-    table, parts, records = Path(table), {name: [] for name in SPLITS}, []
-    if table.is_dir():
-        table /= "table.csv"
-    if not table.is_file():
-        raise BadInput(f"{table} is not there; write csv=TABLE, or csv=FOLDER for FOLDER/table.csv")
-    names = finding_columns(table)
+    table, parts, records = csv_file(table), {name: [] for name in SPLITS}, []
+    columns = csv_columns(table)
+    findings, spelling = tuple(columns.states.values()), columns.spelling
+    named = tuple(sorted(set(spelling.values())))
     for where, row in read_table(table):
-        cell = {name: row.get(name, "").strip() for name in CSV_COLUMNS}
-        image, view, part = cell["image"], cell["view"].upper(), cell["split"].lower()
-        part = SPLIT_NAMES.get(part, part)
+        cell = {role: row[found[0]].strip() if found else "" for role, found in columns.known.items()}
+        cell = {role: "" if is_missing(text) else text for role, text in cell.items()}
+        report = " ".join(filter(None, (as_written(row[column]) for column in columns.known["report"])))
+        image, view, part = cell["image"], cell["view"].upper(), SPLIT_NAMES.get(cell["split"].lower())
         if Path(image).suffix.lower() not in ENDINGS:
-            raise BadInput(f"{where}: the image {shown(image)} does not end with {', '.join(ENDINGS)}")
+            raise BadInput(f"{where}: the image does not end with {', '.join(ENDINGS)}")
+        if len(image) > 80 and max(map(len, map(os.fsencode, Path(image).parts))) > 255:
+            raise BadInput(f"{where}: the image's name is longer than that of any file")
         if view and view not in VIEWS:
-            raise BadInput(f"{where}: the view {shown(cell['view'])} is none of {', '.join(VIEWS)}")
-        if "split" in row and part not in parts:
-            raise BadInput(f"{where}: the split {shown(cell['split'])} is none of {', '.join(SPLITS)}")
+            view = dicom_view(view)
+            if view == "UNKNOWN":
+                raise BadInput(f"{where}: the view is none of {', '.join(VIEWS)}")
+        if columns.known["split"] and not part:
+            column = columns.known["split"][0]
+            raise BadInput(f"{where}: the split is none of {', '.join(SPLITS)} (column {column!r})")
         known = {"patient": cell["patient"] or image, "source": cell["source"] or "csv"}
-        known |= {"id": cell["id"] or image, "view": view, "labels": row_labels(where, row, names)}
-        records.append(Record(Path(table.parent, image), as_written(cell["report"]), **known))
-        if "split" in row:
+        texts = (row[column] for column in columns.names if not is_missing(row[column]))
+        found = frozenset(spelling[name] for text in texts for name in names_in(text))
+        labels = csv_labels(findings, tuple([row[column] for column in columns.states]), named, found)
+        known |= {"id": cell["id"] or image, "view": view, "labels": labels}
+        records.append(Record(Path(table.parent, image), report or None, **known))
+        if part:
             parts[part].append(records[-1])
     check_patients(parts)
     return (parts if any(parts.values()) else split_by_patient(records))[split]
 
 
-def finding_columns(table):
-    """The columns whose cells are all states of a finding -> tuple; a note names those left out."""
-    header, odd = (), {}
-    for where, row in read_table(table, ("image",)):
-        header = header or tuple(name for name in row if name and name not in CSV_COLUMNS)
-        for name in header:
-            if row[name].strip() not in VALUES and row[name].strip() != NOT_ANNOTATED:
-                odd.setdefault(name, f"{shown(name)} ({where.rpartition(', ')[2]}: {shown(row[name])})")
-    if odd:
-        few = ", ".join([*odd.values()][:5])
-        note(f"{table}: {len(odd)} columns are left out, as they have other cells than labels: {few}")
-    return tuple(name for name in header if name not in odd)
+@cache
+def csv_labels(findings, cells, named, found):
+    """Cells of these findings, and of all `named` in the table those found in this row -> Record.labels."""
+    labels = read_labels(findings, tuple(["" if is_missing(cell) else cell for cell in cells]))
+    if not found:
+        return labels
+    said = {name: value for name, value in labels.items() if value is not None}
+    return labels | {name: int(name in found) for name in named} | said
+
+
+def csv_file(table):
+    """The file of csv=TABLE or csv=FOLDER."""
+    table = Path(table, "table.csv") if Path(table).is_dir() else Path(table)
+    if not table.is_file():
+        raise BadInput(f"{table} is not there; write csv=TABLE, or csv=FOLDER for FOLDER/table.csv")
+    return table
+
+
+def names_in(cell):
+    """A cell such as "Edema|Pleural Effusion" -> list of names."""
+    return [name for part in re.split("[|;]", cell) if (name := part.strip())]
+
+
+def looks_like(cell):
+    """What a cell of text is -> "names", separated by | or ;, or "report", or "neither"."""
+    if re.search(r"[.!?](\s|$)", cell) or len(cell.split()) > 12:
+        return "report"
+    # Commas and brackets separate names in other tables; taking them for one name would be a silent fault.
+    names = all(re.fullmatch(r"(?=.*[^\W\d_])[^,.:\[\]{}\"]{1,60}", name) for name in names_in(cell))
+    return "names" if names and all(len(name.split()) <= 6 for name in names_in(cell)) else "neither"
+
+
+def csv_columns(table):
+    """What the columns of a user's table are -> Columns; notes say what is left out and what is drawn.
+
+    A column of a finding has states in all its cells. One of OF_NAMES has the names of findings; or, if it is
+    called findings, a report. Where its cells do not say which, it is refused.
+    """
+    header, maybe, odd, kinds, names, unclear = (), [], set(), Counter(), {}, {}
+    for where, row in read_table(table):
+        if not header:
+            header = maybe = [*row]
+        for column in maybe:
+            cell = row[column]
+            if cell.strip().lower() in VALUES or cell.strip() == NOT_ANNOTATED or is_missing(cell):
+                continue
+            odd.add(column)
+            if plain(column) not in OF_NAMES:
+                maybe = [name for name in maybe if name != column]
+            else:
+                kinds[column, looks_like(cell)] += 1
+                if looks_like(cell) == "names":
+                    names.setdefault(column, set()).update(names_in(cell))
+                else:
+                    unclear.setdefault(column, where)
+    if not header:
+        raise BadInput(f"{table} has no row below its header")
+    known = {role: one_column(table, header, role) for role in COLUMNS}
+    if not known["image"]:
+        raise BadInput(f"{table} has no column 'image'; it has {header_shown(header, ())}")
+    of_names = [column for column in header if column in odd and plain(column) in OF_NAMES]
+    for column in [*of_names]:
+        number = {kind: kinds[column, kind] for kind in ("names", "report", "neither")}
+        may_be_report = plain(column) in ("finding", "findings")
+        if may_be_report and number["report"] > number["names"] + number["neither"]:
+            of_names.remove(column)
+            if all(plain(name) == "impression" for name in known["report"]):
+                known["report"] = [*known["report"], column]
+        elif column in unclear or (may_be_report and 20 <= number["names"] < 2 * len(names[column])):
+            raise BadInput(
+                f"{unclear.get(column, table)}: the column {column!r} may hold names of findings or reports; "
+                "separate names by | or ; and call the column 'finding_labels', or call it 'report'"
+            )
+    used = {*chain(*known.values()), *of_names}
+    states = [name for name in header if name not in odd and name not in used and may_be_finding(name)]
+    names = set().union(*(names[column] for column in of_names))
+    spelling = spellings([*names, *states])
+    states = {column: spelling[column] for column in states}
+    for finding, times in Counter(states.values()).items():
+        if times > 1:
+            raise BadInput(f"{table} has {times} columns of the finding {finding!r}; keep one")
+    left_out = [name for name in header if name and name not in used and name not in states]
+    if left_out:
+        note(f"{table}: {len(left_out)} columns are left out, as they are no labels: {quoted(left_out)}")
+    if not known["patient"]:
+        note(f"{table} has no column 'patient': each image counts as a patient of its own")
+    if not known["split"]:
+        note(f"{table} has no column 'split': the splits are drawn by patient")
+    return Columns(known, states, of_names, {name: spelling[name] for name in names}, left_out)
+
+
+def one_column(table, header, role):
+    """The column of one of COLUMNS, by its own or by another name -> list of one or none."""
+    found = [name for name in header if plain(name) == role]
+    found = found or [name for name in header if plain(name) in COLUMNS[role]]
+    if len(found) > 1:
+        raise BadInput(f"{table} has the columns {quoted(found)}; name the one that is the {role} {role!r}")
+    return found
+
+
+def may_be_finding(column):
+    """Whether a column of states is one of a finding, by its name: age and sex, say, are none."""
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", column)
+    known = plain(column) in KNOWN_COLUMNS | NO_FINDINGS
+    return bool(column) and not known and not NO_FINDING_WORDS.intersection(map(str.lower, words))
+
+
+def quoted(names):
+    return ", ".join(map(repr, names))
 
 
 @cache
@@ -1684,7 +1862,7 @@ PROTOCOLS = {
     "chexpert-5x200": Protocol(CHEXPERT_TABLE, chexpert_table, gloria_5x200),
     "chexpert-5x200-medclip": Protocol(CHEXPERT_TABLE, chexpert_table, medclip_5x200),
     "mimic-5x200": Protocol(
-        "MIMIC-CXR-JPG's metadata.csv.gz, with the split and the chexpert table beside it",
+        "MIMIC-CXR-JPG's metadata, split or chexpert table, with the other two beside it",
         lambda table: mimic_table(table, "validate", "test"),
         gloria_5x200,
     ),
@@ -1796,8 +1974,10 @@ def pack(data, out, *, side, channels=1, views=FRONTAL, section="both", workers=
     the table, sentences on those that cannot be read, also in bad.txt).
     """
     out = Path(out)
-    specs = dict.fromkeys(data)
-    splits = {s: [r for spec in specs for r in read_split(spec, s, section=section)] for s in SPLITS}
+    found = {(s, spec): read_split(spec, s, section=section) for s in SPLITS for spec in distinct(data)}
+    splits = {s: [] for s in SPLITS}
+    for (s, _), records in in_one_spelling(found).items():
+        splits[s] += records
     check_patients(splits)
     refuse_repeats([r.id for r in chain(*splits.values())], f"{' and '.join(data)} has the image")
     chosen = [(split, r) for split, records in splits.items() for r in records if r.view in ("", *views)]
@@ -1973,6 +2153,26 @@ def read_split(spec, split, limit=None, section="both"):
     return records
 
 
+def distinct(data):
+    """The specs without those that name the data of an earlier one by another path -> list."""
+    spec_of = {}
+    for spec in data:
+        name, _, root = spec.partition("=")
+        file = Path(root, "table.csv") if name == "csv" and Path(root).is_dir() else root
+        spec_of.setdefault((name, root and os.path.realpath(file)), spec)
+    return [*spec_of.values()]
+
+
+def in_one_spelling(found):
+    """{key: records}, with one spelling for names of findings that are alike, see `plain`."""
+    labels = {id(record.labels): record.labels for records in found.values() for record in records}
+    spelling = spellings(set().union(*labels.values()))
+    if all(name == here for name, here in spelling.items()):
+        return found
+    labels = {key: {spelling[name]: value for name, value in each.items()} for key, each in labels.items()}
+    return {s: [replace(r, labels=labels[id(r.labels)]) for r in records] for s, records in found.items()}
+
+
 def read_records(data, split, limit=None, section="both"):
     """Records of several data sets as their sources have them, all views, four states -> {spec: records}.
 
@@ -1981,13 +2181,19 @@ def read_records(data, split, limit=None, section="both"):
     Refuses a patient in two of the splits that are read. Where a csv table is mixed with other data these are
     all splits, since both may have the same patients.
     """
-    wanted, found = SPLITS if split == "all" else (split,), {}
+    wanted, found, data = SPLITS if split == "all" else (split,), {}, distinct(data)
     mixed = len(data) > 1 and any(spec.startswith("csv=") for spec in data)
     for part in SPLITS if mixed else wanted:
         specs = data if part in wanted else [spec for spec in data if not spec.startswith("phantom")]
         found[part] = {spec: read_split(spec, part, limit, section) for spec in specs}
     check_patients({part: [*chain(*records.values())] for part, records in found.items()})
-    return {spec: [record for part in wanted for record in found[part][spec]] for spec in data}
+    return in_one_spelling({spec: [*chain(*(found[part][spec] for part in wanted))] for spec in data})
+
+
+def first(limit, records):
+    """The first so many in a fixed shuffle, since tables may be sorted by class; kept in their order."""
+    rows = np.random.default_rng(0).permutation(len(records))[:limit]
+    return [records[row] for row in sorted(rows)]
 
 
 def check_section(section, data):
@@ -2016,13 +2222,14 @@ def load_records(data, split, limit=None, *, views=FRONTAL, uncertain="ignore", 
     """The records of a split to train on or to evaluate, settled.
 
     data: as for read_records, or what it found. views: to keep, beside images whose source never says it.
-    limit: keep the first so many of each data set (smoke runs). Data sets of which nothing is left are named
-    in a note; where this is so of all, Lacking is raised.
+    limit: keep so many of each data set (smoke runs), see `first`. Data sets of which nothing is left are
+    named in a note; where this is so of all, Lacking is raised.
     """
     found = data if isinstance(data, dict) else read_records(data, split, limit, section)
     records, lacking = [], []
     for spec, read in found.items():
-        kept = [settle(r, uncertain) for r in [r for r in read if r.view in ("", *views)][:limit]]
+        kept = first(limit, [record for record in read if record.view in ("", *views)])
+        kept = [settle(record, uncertain) for record in kept]
         records += kept
         if not kept:
             without = f" with the view {' or '.join(views)}, see --views" if read else ""
@@ -2041,10 +2248,9 @@ def pick_listed(records, ids, where):
     of_id = {record.id: record for record in records}
     missing = [id for id in ids if id not in of_id]
     if missing:
-        raise BadInput(
-            f"{len(missing)} of the {len(ids)} listed ids are not in {where}, such as {missing[0]!r}; "
-            f"an id there looks like {next(iter(of_id), None)!r}"
-        )
+        there = f"; an id there looks like {shown(next(iter(of_id)))}" if of_id else ""
+        some = f"{len(missing)} of the {len(ids)} listed ids are not in {where}"
+        raise BadInput(f"{some}, such as {shown(missing[0])}{there}")
     return [of_id[id] for id in ids]
 
 
@@ -2054,7 +2260,7 @@ def pick_listed(records, ids, where):
 def summary(args):
     """Prints what data sets hold and what is wrong with them, no word of any report -> exit status."""
     missing, found = 0, []
-    for spec in dict.fromkeys(args.data):
+    for spec in distinct(args.data):
         splits = {split: read_split(spec, split) for split in SPLITS}
         missing += print_summary(spec, splits)
         found += [(spec, split, record) for split in SPLITS for record in splits[split]]
@@ -2063,10 +2269,22 @@ def summary(args):
     return 1 if missing or copied else 0
 
 
+def print_columns(columns):
+    """Prints what the columns of a user's table are taken for."""
+    for role, found in columns.known.items():
+        print(f"{role:10}{' and '.join(map(repr, found)) or '-'}")
+    named = [f"those named in {column!r}" for column in columns.names]
+    print(f"{'findings':10}{', '.join([*map(repr, columns.states), *named]) or '-'}")
+    print(f"{'left out':10}{quoted(columns.left_out) or '-'}\n")
+
+
 def print_summary(spec, splits):
     """Prints the summary of one data set -> number of files that are missing."""
     records = list(chain(*splits.values()))
-    print(f"{spec}\n{'':28}{'images':>10}{'patients':>10}{'reports':>10}{'labelled':>10}")
+    print(spec)
+    if spec.startswith("csv="):
+        print_columns(csv_columns(csv_file(spec.partition("=")[2])))
+    print(f"{'':28}{'images':>10}{'patients':>10}{'reports':>10}{'labelled':>10}")
     for split, found in splits.items():
         patients, reports = len({r.patient for r in found}), sum(r.report is not None for r in found)
         labelled = sum(1 in r.labels.values() for r in found)
@@ -2074,14 +2292,21 @@ def print_summary(spec, splits):
     views = Counter(record.view or "not said" for record in records)
     print(f"views: {', '.join(f'{view} {count:,}' for view, count in views.most_common())}")
 
-    counts = Counter(label for r in records for label in r.labels.items())
+    counts, absent = Counter(), 0
+    for labels, times in Counter(tuple(r.labels.items()) for r in records).items():
+        counts.update(dict.fromkeys(labels, times))
+        absent += times * sum(value is None and name in settled(labels, "ignore") for name, value in labels)
     print(f"\n{'':28}{'1':>10}{'0':>10}{'-1':>10}{'blank':>10}")
     for name in sorted({name for name, _ in counts}):
         print(f"{name:28}" + "".join(f"{counts[name, value]:10,}" for value in STATES))
+    blank = sum(times for (_, value), times in counts.items() if value is None)
+    if blank:
+        print(f"of {blank:,} blanks {absent:,} count as absent, beside a finding; the others are unknown")
 
-    missing = sum(not os.path.exists(r.image) for r in records if isinstance(r.image, Path))
-    print(f"\nmissing files: {missing:,}\n")
-    return missing
+    missing = [r.image for r in records if isinstance(r.image, Path) and not os.path.exists(r.image)]
+    print(f"\nmissing files: {len(missing):,}")
+    print("".join(f"    {path}\n" for path in missing[:3]))
+    return len(missing)
 
 
 def protocol(args):

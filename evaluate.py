@@ -1299,7 +1299,7 @@ def build_parser():
                    help="scores of your own images, or of all below folders, in place of the tasks")
     p.add_argument("--data", nargs="+", metavar="NAME[=ROOT]", help="default: what the run was trained on")
     p.add_argument("--split", choices=[*data.SPLITS, "all"], help="default test; valid where there is none")
-    p.add_argument("--limit", type=positive, help="only the first N records of each data set")
+    p.add_argument("--limit", type=positive, help="only N records of each data set, by a fixed shuffle")
     p.add_argument("--ids", metavar="FILE", help="exactly the images of this list of `data.py protocol`")
     p.add_argument("--classes", nargs="+", metavar="NAME", type=data.text,
                    help='findings to tell apart by prompts, such as COVID-19 "No Finding"; default those of '
@@ -1639,7 +1639,7 @@ def evaluate(args):
         found = data.read_records(args.data, "all", section=runs[0].args.section)
         known = [record for records in found.values() for record in records]
         listed = data.pick_listed(known, data.read_ids(args.ids), " and ".join(args.data))
-        records = [data.settle(record, runs[0].args.uncertain) for record in listed[: args.limit]]
+        records = [data.settle(record, runs[0].args.uncertain) for record in data.first(args.limit, listed)]
         chosen = f"list {args.ids}"
     else:
         records, chosen = evaluated_split(args, runs[0])

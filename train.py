@@ -219,7 +219,7 @@ def build_parser():
                        epilog="Presets set the sizes and the schedule; RUN/config.json has all values.")
     add = p.add_argument
     add("--data", nargs="+", default=["phantom"], metavar="NAME[=ROOT]", help=", ".join(data.DATASETS))
-    add("--limit", type=positive, help="only the first N records of each data set (smoke runs)")
+    add("--limit", type=positive, help="only N records of each data set, by a fixed shuffle (smoke runs)")
     add("--views", nargs="+", choices=data.VIEWS, default=list(data.FRONTAL),
         help="images to keep, where their data set says the view; default the frontal ones")
     add("--uncertain", choices=data.UNCERTAIN, default="ignore",

@@ -83,7 +83,7 @@ TREE = {  # label, another one's cell: what a blank parent is
     ("Consolidation", "Pneumonia", "1"): "unknown",
     ("Enlarged Cardiomediastinum", "Cardiomegaly", "1"): "unknown",
     ("Lung Opacity", "Atelectasis", "-1"): "unknown",
-    ("Lung Opacity", "Edema", "0"): "absent",
+    ("Lung Opacity", "Edema", "0"): "unknown",
     ("Lung Opacity", "Fracture", "1"): "absent",
     ("Edema", "Lung Opacity", "1"): "absent",
 }
@@ -94,6 +94,14 @@ def test_a_blank_parent_of_a_finding_that_may_be_present_is_unknown_unless_its_a
     parent, child, cell = case
     assert settled("ignore", **{parent: "", child: cell, "Support Devices": "1"})[parent] == TREE[case]
     assert settled("ignore", **{parent: "0", child: cell, "Support Devices": "1"})[parent] == "absent"
+
+
+@pytest.mark.parametrize("policy", data.UNCERTAIN)
+def test_a_device_alone_rules_nothing_out(policy):
+    beside = {
+        name: settled(policy, **{"Support Devices": "1", name: ""})[name] for name in data.CHEXPERT[:-1]
+    }
+    assert beside == dict.fromkeys(data.CHEXPERT[:-1], "unknown")
 
 
 NAMES = ["Cardiomegaly", "Edema", "No Finding", "Support Devices"]

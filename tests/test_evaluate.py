@@ -533,7 +533,7 @@ def test_a_result_says_what_it_was_made_of(assess, tmp_path):
     assert assess("--task", "retrieval", "--split", "all") == 0
     entry = entries_of(tmp_path / "results.json")["retrieval"]
     assert entry["chosen"] == "all split" and entry["data"] == ["phantom=16"]
-    assert entry["counts"] == {"images": 5, "reports": 2, "labelled": 5} and entry["seed"] == 0
+    assert entry["counts"] == {"images": 5, "reports": 3, "labelled": 5} and entry["seed"] == 0
     assert {"torch", "numpy", "transformers"} <= entry["versions"].keys() and "commit" in entry
 
 

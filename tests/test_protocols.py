@@ -190,8 +190,10 @@ def mimic(folder):
     return folder / "mimic-cxr-2.0.0-metadata.csv"
 
 
-def test_mimic_5x200_takes_official_validate_and_test_studies_alone(tmp_path, program):
-    draw_list(program, mimic(tmp_path), tmp_path / "ids.txt", name="mimic-5x200")
+@pytest.mark.parametrize("table", ["metadata", "split", "chexpert"])
+def test_mimic_5x200_takes_official_validate_and_test_studies_alone(table, tmp_path, program):
+    table = mimic(tmp_path).with_name(f"mimic-cxr-2.0.0-{table}.csv")
+    draw_list(program, table, tmp_path / "ids.txt", name="mimic-5x200")
     numbers = {int(id.split("/d")[1].removesuffix(".jpg")) for id in data.read_ids(tmp_path / "ids.txt")}
     assert numbers == set(range(0, 2000, 2))
 

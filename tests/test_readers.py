@@ -231,13 +231,15 @@ def swap(old, new):
 
 
 DAMAGES = {  # what happens: (layout, file, what becomes of its bytes, what the one sentence says)
+    "a NUL": ("csv", "table.csv", swap(b"/3.png", b"/3\0.png"), ", line 5, holds a NUL character"),
+    "a long name": ("csv", "table.csv", swap(b"/3", b"x" * 300), "row 5: the image's name is longer than"),
     "not UTF-8": ("csv", "table.csv", lambda whole: whole + b"5.png,\xe4", ", line 12, is not UTF-8 text"),
     "UTF-16": ("csv", "table.csv", lambda whole: whole.decode().encode("utf-16"), "not UTF-8 text"),
     "too few cells": ("csv", "table.csv", lambda whole: whole + b"cut", "row 12, has not as many cells"),
     "too many cells": ("csv", "table.csv", lambda whole: whole + b"x," * 9, "row 12, has not as many cells"),
     "one name twice": ("csv", "table.csv", swap(b"Hernia", b"Edema"), "has the column 'Edema' 2 times"),
     "cell too long": ("csv", "table.csv", lambda whole: whole + b"x" * 200_000,
-        ", after row 11, is cut short or damaged (Error: field larger than"),
+        ", after row 11, has a cell of over 131,072 characters; shorten it, or close its quotation mark"),
     "gzip cut short": ("csv.gz", "table.csv.gz", cut(0.7), "cut short or damaged"),
     "gzip without its end": ("csv.gz", "table.csv.gz", lambda whole: whole[:-9], "cut short or damaged"),
     "no gzip": ("csv.gz", "table.csv.gz", lambda whole: b"image\n", "cut short or damaged"),
@@ -249,10 +251,10 @@ DAMAGES = {  # what happens: (layout, file, what becomes of its bytes, what the 
     "report damaged": ("mimic-zip", "*reports.zip", lambda z: z[:90] + bytes(10) + z[100:], "is cut short"),
     "Target 2": ("rsna", "*labels.csv", swap(b",1\n", b",2\n"), "row 2: the Target is neither 0 nor 1"),
     "no path": ("chexpert", "train.csv", swap(b"/study1/view1_f", b""), "row 2: the path 'CheXpert"),
-    "no split": ("csv", "table.csv", swap(b",train,", b",exam,"), "row 2: the split 'exam' is none of train"),
-    "blank split": ("csv", "table.csv", swap(b",train,", b",,"), "row 2: the split '' is none of train"),
-    "no view": ("csv", "table.csv", swap(b",pa,", b",up,"), "row 2: the view 'up' is none of"),
-    "no image": ("csv", "table.csv", swap(b"pictures/0.png", b""), "row 2: the image '' does not end with"),
+    "no split": ("csv", "table.csv", swap(b",train,", b",exam,"), "row 2: the split is none of train"),
+    "blank split": ("csv", "table.csv", swap(b",train,", b",,"), "row 2: the split is none of train"),
+    "no view": ("csv", "table.csv", swap(b",pa,", b",up,"), "row 2: the view is none of"),
+    "no image": ("csv", "table.csv", swap(b"pictures/0.png", b""), "row 2: the image does not end with"),
 }  # fmt: skip
 
 
@@ -292,9 +294,16 @@ def test_a_data_set_that_is_not_there_is_refused(spec, sentence):
         data.load_records([spec], "train")
 
 
-def test_limit_takes_the_first_records_of_each_data_set(specs):
+def test_limit_takes_some_of_each_data_set_wherever_a_table_has_its_classes_and_more_keep_the_fewer(
+    specs, tmp_path
+):
     ids = [r.id for r in data.load_records([specs["csv"], specs["rsna"]], "train", 2)]
-    assert ids == [r.id for name in ("csv", "rsna") for r in data.load_records([specs[name]], "train")[:2]]
+    assert len(ids) == 4 and {*ids} <= {r.id for name in ("csv", "rsna") for r in everything(specs[name])}
+    spec = table_of(tmp_path, "image,split,Edema", *(f"{n}.png,train,{n // 100}" for n in range(200)))
+    whole, some, few = (data.load_records([spec], "train", limit) for limit in (None, 32, 16))
+    assert 4 < sum(r.labels["Edema"] for r in few) < 12
+    places = [[r.id for r in whole].index(r.id) for r in some]
+    assert places == sorted(places) and len(places) == 32 and {r.id for r in few} < {r.id for r in some}
 
 
 # --------------------------------------------------------------------------------------------------- chexpert
@@ -567,6 +576,108 @@ def test_csv_says_what_its_owner_wrote(lines, said, tmp_path):
     assert {field: getattr(r, field) for field in said} == said
 
 
+EFFUSION = "Pleural Effusion"
+COLUMNS = [  # lines of a table, what its first record says
+    (["Image", "a.png"], {"id": "a.png"}),
+    (["filename,PatientID,Split", "a.png,7,TRAIN"], {"patient": "7", "labels": {}}),
+    (["Image Path,subject_id,fold", "a.png,7,training"], {"patient": "7"}),
+    (["image,path,Patient_ID,patient", "a.png,b.png,7,8"], {"patient": "8"}),
+    (["image,View Position", "a.png,LL"], {"view": "LATERAL"}),
+    (["image,impression", "a.png,Clear."], {"report": "Clear."}),
+    (["image,findings,impression", "a.png,Lungs are clear.,Normal."],
+     {"report": "Normal. Lungs are clear.", "labels": {}}),
+    (["image,Caption,findings", "a.png,A film.,Edema"], {"report": "A film.", "labels": {"Edema": 1}}),
+    (["image;Edema;report", "a.png;1;Clear, now."], {"labels": {"Edema": 1}, "report": "Clear, now."}),
+    (["image\tEdema", "a.png\t0"], {"labels": {"Edema": 0}}),
+    (["image,Edema,Mass", "a.png,True,FALSE"], {"labels": {"Edema": 1, "Mass": 0}}),
+    (["image,Edema,Mass", "a.png,nan,1"], {"labels": {"Edema": None, "Mass": 1}}),
+    (["image,patient", "a.png,<NA>"], {"patient": "a.png"}),
+    (["image,pleural_effusion,No finding,mass", "a.png,1,0,0"],
+     {"labels": {EFFUSION: 1, "No Finding": 0, "mass": 0}}),
+    (["image,sex,Age,patient sex,Unnamed: 0,studyID,Hemorrhage", "a.png,1,1,0,0,1,1"],
+     {"labels": {"Hemorrhage": 1}}),
+    (["image,Finding Labels", "a.png,Edema|Mass", "b.png,No finding", "c.png,mass ; hernia"],
+     {"labels": {"Edema": 1, "Mass": 1, "No Finding": 0, "hernia": 0}}),
+    (["image,label", "a.png,no_finding", "b.png,Edema"], {"labels": {"No Finding": 1, "Edema": 0}}),
+    (["image,labels", "a.png,", "b.png,Edema"], {"labels": {}}),
+    (["image,labels,Edema,Mass", "a.png,Edema|Hernia,0,", "b.png,Mass,,"],
+     {"labels": {"Edema": 0, "Mass": 0, "Hernia": 1}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("lines", "said"), COLUMNS, ids=[lines[0] for lines, _ in COLUMNS])
+def test_columns_are_known_by_their_usual_names_and_cells_by_their_usual_words(lines, said, tmp_path):
+    r = by_id(table_of(tmp_path, *lines))["a.png"]
+    found = {field: getattr(r, field) for field in said}
+    assert found == said and r.image == tmp_path / "a.png"
+
+
+UNCLEAR = [  # lines of a table, what the refusal says
+    (
+        ["image,findings", "a.png,Edema|Mass", "b.png,The heart is big."],
+        "row 3: the column 'findings' may hold",
+    ),
+    (
+        ["image,finding", "a.png,Edema; Mass", "b.png,Edema: mild"],
+        "row 3: the column 'finding'",
+    ),
+    (["image,labels", 'a.png,"Edema, Mass"'], "row 2: the column 'labels' may hold names"),
+    (["image,label", "a.png,3"], "row 2: the column 'label' may hold names"),
+    (["image,findings", *(f"{n}.png,small shadow {n}" for n in range(30))], "the column 'findings' may hold"),
+    (
+        ["path,filename", "a,a.png"],
+        "has the columns 'path', 'filename'; name the one that is the image 'image'",
+    ),
+    (["image,PatientID,subject_id", "a.png,1,2"], "has the columns 'PatientID', 'subject_id'; name the one"),
+    (["image,fold", "a.png,3"], "row 2: the split is none of train, valid, test (column 'fold')"),
+    (["image,Edema,edema", "a.png,1,0"], "has 2 columns of the finding 'Edema'; keep one"),
+    (["image,Edema"], "has no row below its header"),
+    (
+        ["photo,patient,Edema,HIV", "a.png,1,1,0"],
+        "has no column 'image'; it has 'patient', 'Edema', 2 others",
+    ),
+]
+
+
+@pytest.mark.parametrize(("lines", "sentence"), UNCLEAR, ids=[sentence for _, sentence in UNCLEAR])
+def test_a_column_that_may_be_two_things_is_refused_with_the_way_out(lines, sentence, tmp_path):
+    assert sentence in refused(table_of(tmp_path, *lines))
+
+
+@pytest.mark.parametrize(
+    "report", ["nan", "NaN", "None", "NULL", "<NA>", "N/A", "#N/A", "n.a.", "not available"]
+)
+def test_a_cell_that_says_that_there_is_no_report_is_none(report, tmp_path):
+    (r,) = everything(table_of(tmp_path, "image,report", f"a.png,{report}"))
+    assert r.report is None
+
+
+def test_what_a_table_does_not_say_is_said_once(tmp_path, capsys):
+    spec = table_of(tmp_path, "image,Edema", "a.png,1")
+    for _ in range(2):
+        everything(spec)
+    printed = capsys.readouterr().err
+    assert printed.count("has no column 'patient': each image counts as a patient") == 1
+    assert printed.count("has no column 'split': the splits are drawn by patient") == 1
+
+
+def test_findings_of_mixed_data_sets_have_one_spelling_however_they_are_written(specs, tmp_path):
+    header = "image,split,pleural effusion,Pleural_Thickening,No finding"
+    one = table_of(tmp_path / "one", header, "a.png,train,1,1,0")
+    other = table_of(tmp_path / "other", header.replace("_T", " t"), "b.png,train,1,1,0")
+    found = data.read_records([one, other, specs["chexpert"]], "train")
+    names = [{name for record in records for name in record.labels} for records in found.values()]
+    assert names[0] == names[1] == {EFFUSION, "Pleural thickening", "No Finding"}
+    assert names[2] == {*data.CHEXPERT}
+
+
+def test_one_table_under_two_spellings_is_read_once(specs, tmp_path):
+    table = Path(specs["csv"].partition("=")[2])
+    (tmp_path / "link").symlink_to(table.parent)
+    spellings = [f"csv={path}" for path in (table, table.parent, f"{table.parent}/../{table.parent.name}")]
+    assert len(data.load_records([*spellings, f"csv={tmp_path}/link"], "train")) == READERS["csv"][2][0]
+
+
 def test_csv_patients_of_two_sources_may_have_the_same_number(tmp_path):
     rows = ["image,source,patient,split", "a.png,rsna,7,train", "b.png,openi,7,test"]
     assert len(everything(table_of(tmp_path, *rows))) == 2
@@ -611,6 +722,19 @@ def test_the_summary_counts_what_is_there(specs, capsys):
     assert ["views:", "AP", "3,", "LATERAL", "3,", "FRONTAL", "3,", "PA", "1"] in lines
     assert ["Edema", "6", "0", "1", "3"] in lines  # 1, 0, -1, blank
     assert ["Fracture", "0", "4", "0", "6"] in lines
+    assert "of 123 blanks 74 count as absent, beside a finding; the others are unknown".split() in lines
+
+
+def test_the_summary_says_what_the_columns_are_and_names_three_missing_files(tmp_path, capsys):
+    header = "filename,subject_id,Finding Labels,Edema,age,impression"
+    assert summary(table_of(tmp_path, header, *(f"{n}.png,{n % 9},Mass,0,70,Clear." for n in range(20)))) == 1
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    for line in ("image     'filename'", "patient   'subject_id'", "split     -", "report    'impression'"):
+        assert line in lines
+    assert "findings  'Edema', those named in 'Finding Labels'" in lines and "left out  'age'" in lines
+    place = lines.index("missing files: 20")
+    assert all(line.startswith(f"    {tmp_path}/") for line in lines[place + 1 : place + 4])
+    assert not lines[place + 4]
 
 
 # -------------------------------------------------------------------------------------------------- real data
@@ -627,7 +751,19 @@ def test_every_image_of_the_real_covid_radiography_is_found():
 WORDS = "Hyperinflated lungs without any consolidation"
 LEAKS = {  # a table's lines, with a report where another cell belongs
     "no header": [f"a.png,{WORDS}", f"b.png,{WORDS}"],
+    "one word of a header": [f"image,{WORDS.split()[0]},{WORDS.split()[0]}", "a.png,1,1"],
     "as the image": ["image,report", f"{WORDS},a.png"],
+    "one word as the view": ["image,view", f"a.png,{WORDS.split()[2]}"],
+    "one word as the split": ["image,split", f"a.png,{WORDS.split()[2]}"],
+    "one word as the patient": [
+        "image,patient,split",
+        *(f"{s}.png,{WORDS.split()[2]},{s}" for s in data.SPLITS),
+    ],
+    "one word as the id": [
+        "image,id,split",
+        *(f"{s}.png,{WORDS.split()[2]},{s}" for s in ("test", "valid") * 2),
+    ],
+    "one word of no header": [f"a.png,{WORDS.split()[2]}", f"b.png,{WORDS.split()[2]}"],
     "as the view": ["image,view", f"a.png,{WORDS}"],
     "as the split": ["image,split", f"a.png,{WORDS}"],
     "as a label": ["image,split,Edema,Mass", f"a.png,train,{WORDS},1"],
@@ -646,6 +782,18 @@ def test_no_message_about_a_table_holds_a_word_of_a_report(leak, tmp_path, capsy
     data.main(["pack", "--data", spec, "--out", str(tmp_path / "pack"), "--workers", "0"])
     printed = "".join(capsys.readouterr())
     assert printed and not any(word in printed for word in WORDS.split()[::2])
+
+
+NAMELESS = "\u0e1b\u0e2d\u0e14\u0e1b\u0e01\u0e15\u0e34" * 9  # a report of a script without blanks
+
+
+@pytest.mark.parametrize("words", [WORDS, "HIV-positive", NAMELESS, "a1," + WORDS, "x" * 61 + "1"])
+def test_a_list_that_is_a_report_by_mistake_is_never_shown(words, tmp_path, capsys):
+    spec = table_of(tmp_path, "image", "a.png")
+    (record,) = everything(spec)
+    with pytest.raises(BadInput) as caught:
+        data.pick_listed([record], [words], "csv")
+    assert words not in str(caught.value) and "an id there looks like 'a.png'" in str(caught.value)
 
 
 @pytest.mark.parametrize("rows", [2, 3, 12])
@@ -668,13 +816,14 @@ def test_what_is_no_file_is_refused_and_never_waited_for(kind, tmp_path):
 # ------------------------------------------------------------------------------------- a user's own table
 
 
-def test_csv_columns_with_other_cells_than_labels_are_left_out_and_named_once(tmp_path, capsys):
-    spec = table_of(tmp_path, "image,split,age,Edema,sex", "a.png,train,63,1,F", "b.png,train,,0,M")
+def test_csv_columns_with_other_cells_than_labels_are_left_out_and_named_once_and_whole(tmp_path, capsys):
+    header = "image,split,years of the patient,Edema,what else was seen"
+    spec = table_of(tmp_path, header, "a.png,train,63,1,Fluid", "b.png,train,,0,HIV-positive")
     records = [*everything(spec), *everything(spec)]
     assert {name for r in records for name in r.labels} == {"Edema"}
     printed = capsys.readouterr().err
     assert printed.count("2 columns are left out") == 1
-    assert "'age' (row 2: '63'), 'sex' (row 2: 'F')" in printed
+    assert "'years of the patient', 'what else was seen'" in printed and "HIV" not in printed
 
 
 def test_a_data_set_without_a_split_is_noted_where_another_has_it(specs, tmp_path, capsys):
