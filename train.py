@@ -715,11 +715,24 @@ def steps_per_epoch(batch_size, records):
     return max(1, len(records) // batch_size)
 
 
+def note_cut_reports(run, records):
+    """Says how many reports are longer than --max-length, which cuts them."""
+    longest = run.args.max_length
+    texts = [record.report for record in records if record.report is not None]
+    longer = [text for text in texts if len(text) > longest - 2]  # a token has a character or more
+    cut = sum(len(ids) > longest for ids in run.tokenizer(longer)["input_ids"]) if longer else 0
+    if cut:
+        data.note(f"{cut:,} of {len(texts):,} reports are longer than --max-length {longest} and are cut")
+
+
 def training_loader(run, records, steps):
     """This process's share of the batches of these steps -> DataLoader of Batch."""
     args = run.args
     texts = [prompts.label_prompt(finding, args.template) for finding in run.findings]
     label_prompts = run.prompt_tokens(texts) if args.image_label and texts else None
+    if label_prompts:
+        named = zip(run.findings, texts, strict=True)
+        evaluate.refuse_equal_prompts(run, {name: [text] for name, text in named})
     transform = data.training_transform(args.image_size, args.horizontal_flip)
     images = data.Images(records, transform, args.channels)
     pieces = 1 if args.text_model == SMALL_BERT else 4  # a small BERT's calls cost more than padding does
@@ -1018,6 +1031,7 @@ def train_in(args, device, log):
         return 0
     warmup = math.ceil(args.warmup * steps)
     loader = training_loader(run, records, range(done, steps))
+    note_cut_reports(run, records)
     patients = data.patient_hashes(records) | seen_before(args)
     recorder = Recorder(run, optimizer, progress, patients, valid, steps, per_epoch, log) if log else None
     print_once(f"{args.out}/config.json has all options")

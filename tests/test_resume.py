@@ -287,11 +287,12 @@ def test_a_signal_is_answered_with_one_sentence_and_a_state_to_go_on_from(
     assert evaluate.load_run(tmp_path / "run" / "last.pt").findings
 
 
-def test_what_nohup_ignores_stops_no_run(run, signal_at):
+def test_what_nohup_ignores_stops_no_run(run, signal_at, tmp_path):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal_at(2, signal.SIGHUP)
     assert run("run", "--epochs", 1) == 0
-    signal.signal(signal.SIGHUP, before)
+    assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
+    assert [line["step"] for line in log(tmp_path / "run")[0]] == [1, 2, 3]
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_step(run, before_step, tmp_path):

@@ -395,7 +395,7 @@ def test_a_run_leaves_two_checkpoints_its_options_and_a_log_of_its_steps_and_epo
     keys += "logit_scale rows_without_negatives_prompt mean_negatives_report"
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert all(line.keys() >= set(keys.split()) for line in lines)
-    assert epoch.keys() >= {"step", "epoch", "balanced accuracy", "i2t_P@1"}
+    assert epoch.keys() >= {"step", "epoch", "AUROC mean", "i2t_R@10"}
     assert state(tiny_run).keys() >= {"model", "args", "findings", "tokenizer"}
 
 
@@ -434,6 +434,7 @@ def test_every_epoch_trains_and_the_temperature_stays_below_its_bound(pretrain, 
 
 BARE = {name: i for i, name in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])}
 TEXTS = ["Mild left pleural effusion.", "Moderate effusions; no edema.", "The heart is enlarged, mildly."] * 3
+ALL_LETTERS = [*TEXTS, "abcdefghijklmnopqrstuvwxyz"]  # no finding is unknown to it
 
 
 def test_the_learned_vocabulary_is_the_same_every_time_and_gives_the_texts_back():
@@ -687,7 +688,7 @@ def text_model(tmp_path):
     """A folder with a BERT and its tokenizer, as save_pretrained leaves them."""
 
     def save(positions=64, without="no such name", broken=False, names=None, kind="bert"):
-        learned = train.BertWordPieceTokenizer(names) if names else train.learn_tokenizer(TEXTS)
+        learned = train.BertWordPieceTokenizer(names) if names else train.learn_tokenizer(ALL_LETTERS)
         tokenizer = train.wrap_tokenizer(learned.to_str())
         sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
         bert = BertModel(BertConfig(vocab_size=100, max_position_embeddings=positions, **sizes))
@@ -794,8 +795,27 @@ def test_what_is_no_text_model_is_refused_with_the_ways_out(pretrain, tmp_path, 
 
 
 def test_label_prompts_are_cut_to_the_room_that_is_left(pretrain, text_model, steps):
-    assert pretrain("--text-model", text_model(positions=64), "--prompt-length", 56) == 0
+    flags = ["--template", "{} of the heart and the left lung", "--findings", "Edema", "Pleural Effusion"]
+    assert pretrain("--text-model", text_model(positions=64), "--prompt-length", 56, *flags) == 0
     assert all(batch.prompts.input_ids.shape[1] == 8 for _, batch in steps)
+
+
+def test_training_says_how_many_reports_are_cut(pretrain, phantoms, capsys):
+    image, tokens = np.zeros((16, 16), np.uint8), [5, 10, 11, 40, 12, 9]  # [CLS] and [SEP] among them
+    phantoms([data.Record(image, "a " * (n - 2), {}, str(n), "made", str(n)) for n in tokens])
+    assert pretrain("--max-length", 10) == 0
+    assert "note: 3 of 6 reports are longer than --max-length 10 and are cut" in capsys.readouterr().err
+
+
+def test_training_says_nothing_of_reports_that_fit(pretrain, capsys):
+    assert pretrain("--limit", 8, "--max-length", 300) == 0 and "cut" not in capsys.readouterr().err
+
+
+def test_two_findings_whose_prompts_are_cut_to_the_same_are_refused(pretrain, steps, capsys):
+    template = "a long text before that which " * 20 + "{}"
+    assert pretrain("--template", template) == 2 and not steps
+    printed = capsys.readouterr().err
+    assert "prompts are longer than" in printed and "are the same to this run" in printed
 
 
 def torchvision_swin(dim):
