@@ -1202,6 +1202,124 @@ def heatmaps(classes, found, path, side=224):
     save_picture(picture, path)
 
 
+COLOURS = "#1f77b4 #d62728 #2ca02c #9467bd #ff7f0e #17becf #8c564b #e377c2 #7f7f7f #bcbd22".split()
+
+
+def ticks(low, high, most=5):
+    """Round numbers from low to high, at most so many and at least one -> list of float."""
+    step = 10.0 ** math.floor(math.log10((high - low) / most))
+    step *= next(factor for factor in (1, 2, 5, 10) if high - low < factor * step * most)
+    return [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def read_log(folder):
+    """RUN/log.jsonl -> {quantity: [(step, value or None), ...]}, losses and what validation says."""
+    path, curves = Path(folder, "log.jsonl"), {}
+    data.refuse_no_file(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        for line in lines:
+            if line.endswith("\n"):  # a run that is going on may be writing the last one
+                line = json.loads(line)
+                for name, value in line.items():
+                    if name.startswith("loss") or ("loss" not in line and name not in ("step", "epoch")):
+                        curves.setdefault(name, []).append((line["step"] + 0, value and value + 0.0))
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read; --curves takes folders of runs of train.py") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BadInput(f"{path} is no log of train.py ({error!r})") from error
+    if not curves:
+        raise BadInput(f"{path} has no step yet")
+    return curves
+
+
+def draw_curves(runs, path, side=300, columns=3):
+    """Draws losses and validation scores over steps, a panel each, several runs in one picture.
+
+    runs: {label: {quantity: [(step, value or None), ...]}}; None, a value that was not finite, leaves a gap.
+    """
+    panels = list(dict.fromkeys(name for curves in runs.values() for name in curves))
+    columns, width, height = min(columns, len(panels)), side + 70, side + 60
+    rows, legend = math.ceil(len(panels) / columns), 16 + 20 * len(runs)
+    picture = Image.new("RGB", (max(columns * width, 400), legend + rows * height), "white")
+    draw = ImageDraw.Draw(picture)
+    for i, label in enumerate(runs):
+        draw.line((10, 18 + 20 * i, 40, 18 + 20 * i), COLOURS[i % len(COLOURS)], 3)
+        draw.text((48, 18 + 20 * i), ending(label, picture.width // 8 - 6), "black", FONT, "lm")
+    for i, name in enumerate(panels):
+        left, top = i % columns * width + 60, legend + i // columns * height + 24
+        curves = [curves.get(name, []) for curves in runs.values()]
+        known = [value for curve in curves for _, value in curve if value is not None] or [0]
+        low, high = min(known), max(known)
+        low, high = (low, high) if low < high else (low - 0.5, high + 0.5)
+        steps = max(step for curve in curves for step, _ in curve)
+
+        def place(step, value, left=left, top=top, low=low, high=high, steps=steps):
+            return left + side * step / max(1, steps), top + side * (high - value) / (high - low)
+
+        draw.text((left, top - 5), f"{name} by step", "black", FONT, "ls")
+        draw.rectangle((left, top, left + side, top + side), outline="grey")
+        for value in ticks(low, high):
+            y = place(0, value)[1]
+            draw.line((left, y, left + side, y), "lightgrey")
+            draw.text((left - 5, y), f"{value:.4g}", "black", FONT, "rm")
+        for step in ticks(0, max(1, steps), 4):
+            x = place(step, low)[0]
+            draw.line((x, top + side, x, top + side + 4), "grey")
+            draw.text((x, top + side + 7), f"{step:,.0f}", "black", FONT, "ma")
+        for colour, curve in zip(itertools.cycle(COLOURS), curves, strict=False):
+            for finite, part in itertools.groupby(curve, lambda point: point[1] is not None):
+                points = [place(*point) for point in part] if finite else []
+                draw.line(points, colour, 2, "curve")
+                if len(curve) < 50:
+                    for x, y in points:
+                        draw.ellipse((x - 2, y - 2, x + 2, y + 2), colour)
+    save_picture(picture, path)
+
+
+def forest_plot(rows, path, side=260):
+    """Draws values with their intervals, a row a group and a panel a metric, on a line at 0.
+
+    rows: [(label, {metric: (value, low, high)}), ...]; a metric that a row lacks stays empty.
+    """
+    panels = list(dict.fromkeys(metric for _, values in rows for metric in values))
+    name = max([80, *(round(FONT.getlength(label)) + 1 for label, _ in rows)]) + 16
+    width, height, top = side + 40, 40, 34
+    picture = Image.new("RGB", (name + len(panels) * width, top + len(rows) * height + 34), "white")
+    draw = ImageDraw.Draw(picture)
+    bottom = top + len(rows) * height
+    for row, (label, _) in enumerate(rows):
+        draw.text((8, top + (row + 0.6) * height), label, "black", FONT, "lm")
+    for i, metric in enumerate(panels):
+        left = name + i * width
+        ends = [0, *(end for _, values in rows for end in values.get(metric, ()))]
+        low, high = min(ends), max(ends)
+        margin = (high - low) * 0.05 or 0.5
+        low, high = low - margin, high + margin
+
+        def across(value, left=left, low=low, high=high):
+            return left + side * (value - low) / (high - low)
+
+        draw.text((left, top - 8), ending(metric, side // 7), "black", FONT, "ls")
+        draw.rectangle((left, top, left + side, bottom), outline="grey")
+        for value in ticks(low, high, 4):
+            draw.line((across(value), bottom, across(value), bottom + 4), "grey")
+            draw.text((across(value), bottom + 7), f"{value:+.3g}" if value else "0", "black", FONT, "ma")
+        draw.line((across(0), top, across(0), bottom), "grey", 2)
+        for row, (_, values) in enumerate(rows):
+            if metric in values:
+                value, begin, end = map(float, values[metric])
+                y = top + (row + 0.65) * height
+                colour = COLOURS[0] if begin <= 0 <= end else COLOURS[1]  # 1: the interval leaves 0 out
+                draw.line((across(begin), y, across(end), y), colour, 2)
+                for each in (begin, end):
+                    draw.line((across(each), y - 4, across(each), y + 4), colour, 2)
+                draw.ellipse((across(value) - 4, y - 4, across(value) + 4, y + 4), colour)
+                middle = min(max(across(value), left + 26), left + side - 26)
+                draw.text((middle, y - 8), f"{value:+.3f}", "black", FONT, "ms")
+    save_picture(picture, path)
+
+
 def ending(name, most):
     """A name, or its last characters where it has more than so many; of runs they tell them apart."""
     return name if len(name) <= most else f"...{name[3 - most :]}"
@@ -1285,7 +1403,7 @@ def commit():
 
 
 # What stands in the place of the tasks, and the options that mean something beside it.
-INSTEAD = {"images": "checkpoint classes prompt_set combine out heatmap device threads"}
+INSTEAD = {"images": "checkpoint classes prompt_set combine out heatmap device threads", "curves": "out"}
 
 
 # fmt: off
@@ -1297,6 +1415,8 @@ def build_parser():
     p.add_argument("--compare", nargs="+", metavar="RUN", help="several, side by side on the same records")
     p.add_argument("--images", nargs="+", metavar="FILE", type=data.text,
                    help="scores of your own images, or of all below folders, in place of the tasks")
+    p.add_argument("--curves", nargs="+", metavar="RUN",
+                   help="draw losses and validation scores into --out FILE.png, in place of the tasks")
     p.add_argument("--data", nargs="+", metavar="NAME[=ROOT]", help="default: what the run was trained on")
     p.add_argument("--split", choices=[*data.SPLITS, "all"], help="default test; valid where there is none")
     p.add_argument("--limit", type=positive, help="only N records of each data set, by a fixed shuffle")
@@ -1340,7 +1460,17 @@ def parse_args(argv=None):
         parser.error("--compare does not go with --checkpoint or --gallery")
     if args.heatmap and not args.images:
         parser.error("--heatmap needs --images")
-    results = (".csv",) if args.images else (".json", ".csv") if scores_alone(args) else (".json",)
+    if args.curves and not args.out:
+        parser.error("--curves needs --out FILE.png")
+    results = (
+        (".png",)
+        if args.curves
+        else (".csv",)
+        if args.images
+        else (".json", ".csv")
+        if scores_alone(args)
+        else (".json",)
+    )
     for file, endings in ((args.out, results), (args.gallery, (".png",)), (args.heatmap, (".png",))):
         if file and not file.lower().endswith(endings):
             parser.error(f"{file}: the name of this file has to end in {' or '.join(endings)}")
@@ -1661,9 +1791,15 @@ def evaluate(args):
     print(f"\nwritten: {', '.join(files)}")
 
 
+def show_curves(args):
+    """--curves: what the logs of runs say, as a picture."""
+    draw_curves({str(folder): read_log(folder) for folder in args.curves}, args.out)
+    print(f"written: {args.out}")
+
+
 def run_options(args):
     """Does what the options ask for."""
-    score_own_images(args) if args.images else evaluate(args)
+    (show_curves if args.curves else score_own_images if args.images else evaluate)(args)
 
 
 def main(argv=None):

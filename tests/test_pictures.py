@@ -1,6 +1,7 @@
 """One's own images, and the pictures and tables that evaluate.py makes on demand."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -203,3 +204,91 @@ def test_zero_shot_as_a_table_has_scores_and_three_states_of_each_image(tiny_run
     scores = [[float(row[f"{name} score"]) for name in ("Edema", "Fracture")] for row in rows]
     np.testing.assert_allclose(scores, cosines, rtol=0, atol=1e-5)
     assert "secret" not in (tmp_path / "s.csv").read_text()
+
+
+# --------------------------------------------------------------------------------------------------- drawings
+
+
+def colours(path):
+    """{colour: number of pixels} of a picture."""
+    return {colour: count for count, colour in Image.open(path).convert("RGB").getcolors(1 << 24)}
+
+
+BLUE, RED = (31, 119, 180), (214, 39, 40)
+
+
+def test_curves_of_several_runs_are_in_one_picture(tiny_run, tmp_path, capsys):
+    sizes = []
+    for runs in ([tiny_run], [tiny_run, tiny_run]):
+        assert evaluate.main(["--curves", *map(str, runs), "--out", str(tmp_path / "c.png")]) == 0
+        sizes.append(Image.open(tmp_path / "c.png").size)
+        assert BLUE in colours(tmp_path / "c.png")
+    assert (
+        sizes[0] == sizes[1] and capsys.readouterr().out.splitlines()[-1] == f"written: {tmp_path / 'c.png'}"
+    )
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "log.jsonl").write_text('{"step": 1, "loss": 2}\n{"step": 4, "loss": 3}\n')
+    assert evaluate.main(["--curves", str(tiny_run), str(other), "--out", str(tmp_path / "c.png")]) == 0
+    assert {BLUE, RED} <= colours(tmp_path / "c.png").keys()
+    assert Image.open(tmp_path / "c.png").height > sizes[0][1]  # the legend names both
+
+
+def test_a_log_has_losses_by_step_and_scores_by_epoch_and_its_last_line_may_be_cut(tmp_path):
+    lines = [
+        {"step": 10, "epoch": 1, "lr": 1, "loss": 2.5, "loss_report": 2, "gradient_norm": 1},
+        {"step": 20, "epoch": 1, "lr": 1, "loss": None, "loss_report": 1, "gradient_norm": 1},
+        {"step": 20, "epoch": 1, "AUROC mean": 0.5},
+    ]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3')
+    assert evaluate.read_log(tmp_path) == {
+        "loss": [(10, 2.5), (20, None)],
+        "loss_report": [(10, 2), (20, 1)],
+        "AUROC mean": [(20, 0.5)],
+    }
+
+
+def test_a_loss_that_was_not_finite_leaves_a_gap(tmp_path):
+    steps, blue = range(100), []
+    for name, missing in (("whole", ()), ("gap", range(20, 80))):
+        curve = [(step, None if step in missing else 1.0) for step in steps]
+        evaluate.draw_curves({"a run": {"loss": curve}}, tmp_path / f"{name}.png")
+        blue.append(colours(tmp_path / f"{name}.png")[BLUE])
+    assert blue[1] < 0.6 * blue[0]
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "no json\n", "[1]\n", '{"loss": 1}\n', '{"step": "a", "loss": 1}\n', "\x00\n"]
+)
+def test_what_is_no_log_is_one_sentence(tmp_path, capsys, content):
+    if content is not None:
+        (tmp_path / "log.jsonl").write_text(content)
+    assert evaluate.main(["--curves", str(tmp_path), "--out", str(tmp_path / "c.png")]) == 2
+    assert "log.jsonl" in refusal(capsys) and not (tmp_path / "c.png").exists()
+
+
+@pytest.mark.parametrize(
+    "flags", ["", "--out x.json", "--out x.png --task retrieval", "--out x.png --images a"]
+)
+def test_curves_need_a_picture_to_draw_and_nothing_else(flags, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(["--curves", "run", *flags.split()])
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-0.3, 0.04), (12, 1234), (1e-6, 3e-6), (0, 1)])
+def test_ticks_are_few_within_the_bounds_and_evenly_apart(low, high):
+    found = evaluate.ticks(low, high)
+    assert 2 <= len(found) <= 6 and low <= found[0] and found[-1] <= high * (1 + 1e-9)
+    np.testing.assert_allclose(np.diff(found), found[1] - found[0])
+
+
+def test_a_forest_plot_marks_intervals_without_0_and_leaves_missing_metrics_empty(tmp_path):
+    rows = [("one", {"P@1": (0.1, 0.05, 0.2)}), ("two", {"P@1": (-0.1, -0.3, 0.1), "AUROC": (0, 0, 0)})]
+    seen, sizes = [], []
+    for part in (rows[:1], rows[1:], rows):
+        evaluate.forest_plot(part, tmp_path / "f.png")
+        seen.append(colours(tmp_path / "f.png").keys() & {BLUE, RED})
+        sizes.append(Image.open(tmp_path / "f.png").size)
+    assert seen == [{RED}, {BLUE}, {RED, BLUE}]
+    assert sizes[1][0] == sizes[2][0] == sizes[0][0] + 300 and sizes[2][1] == sizes[0][1] + 40
