@@ -85,46 +85,93 @@ def partner_rank(similarity, query_ids, candidate_ids):
 
     (Q, K) float, (Q,) and (K,) int64 -> (Q,) int64. Each query has a candidate; further ones are never wrong.
     """
-    similarity = torch.as_tensor(similarity).double()
+    similarity = torch.as_tensor(similarity)
+    similarity = similarity if similarity.is_floating_point() else similarity.double()
     own = query_ids[:, None] == candidate_ids
     nearest = similarity.nan_to_num(-torch.inf).masked_fill(~own, -torch.inf).amax(1, keepdim=True)
     return (~(similarity < nearest) & ~own).sum(1)
 
 
-def in_chunks(function, queries, candidates, of_query, cells=2**22):
+def in_chunks(function, queries, candidates, of_query, cells=2**20):
     """function(similarity, of_query) of a few queries at a time, joined: (Q, D), (K, D), (Q,).
 
     A chunk has at most `cells` similarities, so memory does not grow with Q · K.
     """
-    rows = max(1, cells // len(candidates))
-    chunks = zip(queries.split(rows), of_query.split(rows), strict=True)
-    return torch.cat([function(part @ candidates.T, of_part) for part, of_part in chunks])
+    rows, found = max(1, cells // len(candidates)), None
+    for start in range(0, len(queries), rows):
+        part = slice(start, start + rows)
+        values = function(queries[part] @ candidates.T, of_query[part])
+        if found is None:  # small tensors kept between large ones would fragment the memory
+            found = values.new_empty((len(queries), *values.shape[1:]))
+        found[part] = values
+    return found
 
 
-def auroc(scores, labels):
-    """Probability that a positive, (N,) bool, outscores a negative; ties half, nan if a class is absent."""
+def auroc(scores, labels, counts=None):
+    """Probability that a positive, (N,) bool, outscores a negative; ties half, nan if a class is absent.
+
+    -> float; with counts, how often each of n draws has each row, (n, N) int -> (n,) float.
+    """
     scores, labels = np.asarray(scores), np.asarray(labels, dtype=bool)
-    positive, negative = scores[labels], np.sort(scores[~labels])
-    if len(positive) == 0 or len(negative) == 0:
-        return float("nan")
-    below = np.searchsorted(negative, positive, "left") + np.searchsorted(negative, positive, "right")
-    return float(below.sum() / 2 / len(positive) / len(negative))
+    one, counts = counts is None, np.ones((1, len(labels)), dtype=int) if counts is None else counts
+    positive, negative = np.flatnonzero(labels), np.flatnonzero(~labels)
+    negative = negative[scores[negative].argsort()]
+    below = np.zeros((len(counts), len(negative) + 1), dtype=int)  # negatives drawn in front of each place
+    counts.take(negative, axis=1).cumsum(1, out=below[:, 1:])
+    places = (np.searchsorted(scores[negative], scores[positive], side) for side in ("left", "right"))
+    positives = counts.take(positive, axis=1)
+    with np.errstate(invalid="ignore"):
+        pairs = (positives * sum(below.take(place, axis=1) for place in places)).sum(1) / 2
+        values = pairs / positives.sum(1) / below[:, -1]
+    return float(values[0]) if one else values
 
 
-def average_precision(scores, labels):
-    """Mean over the positives of the precision among all that score as high: (N,) each -> float."""
-    every, positive = np.sort(scores), np.sort(scores[labels])
-    found = len(positive) - np.searchsorted(positive, positive)
-    return float(np.mean(found / (len(every) - np.searchsorted(every, positive))))
+def average_precision(scores, labels, counts=None):
+    """Mean over the positives of the precision among all that score as high: (N,) each -> float.
+
+    counts: see auroc.
+    """
+    scores, labels = np.asarray(scores), np.asarray(labels, dtype=bool)
+    one, counts = counts is None, np.ones((1, len(labels)), dtype=int) if counts is None else counts
+    order = (-scores).argsort()
+    positive = order[labels[order]]
+    positives = counts.take(positive, axis=1)
+
+    def as_high(rows):
+        """How many of these rows a draw has that score as high as each positive."""
+        places = np.searchsorted(-scores[rows], -scores[positive], "right") - 1
+        return counts.take(rows, axis=1).cumsum(1).take(places, axis=1)
+
+    with np.errstate(invalid="ignore"):
+        precision = as_high(positive) / np.maximum(as_high(order), 1)
+        values = (positives * precision).sum(1) / positives.sum(1)
+    return float(values[0]) if one else values
 
 
-def mean_over_findings(metric, scores, labels, known):
-    """Mean over the columns in which both classes occur, each over its known rows: (N, C) each -> float."""
-    columns = (
-        (score[rows], label[rows]) for score, label, rows in zip(scores.T, labels.T, known.T, strict=True)
-    )
-    values = [metric(score, label) for score, label in columns if label.any() and not label.all()]
-    return float(np.mean(values)) if values else float("nan")
+def of_draws(metric, arrays, counts):
+    """The metric of each draw: counts, (n, N) int, how often it has each row of the arrays -> (n, ...)."""
+    if "counts" in inspect.signature(metric).parameters:
+        return metric(*arrays, counts=counts)
+    rows = np.arange(counts.shape[1])
+    return np.array([metric(*(array[rows.repeat(times)] for array in arrays)) for times in counts])
+
+
+def mean_over_findings(metric, scores, labels, known, counts=None):
+    """Mean over the columns in which both classes occur, each over its known rows: (N, C) each -> float.
+
+    counts: see auroc; a draw's mean is over its own such columns.
+    """
+    one, counts = counts is None, np.ones((1, len(known)), dtype=int) if counts is None else counts
+    total, columns = np.zeros(len(counts)), np.zeros(len(counts))
+    for score, label, rows in zip(scores.T, labels.T, map(np.flatnonzero, known.T), strict=True):
+        score, label, of_rows = score[rows], label[rows], counts.take(rows, axis=1)
+        positives = of_rows.take(np.flatnonzero(label), axis=1).sum(1)
+        both = (positives > 0) & (positives < of_rows.sum(1))
+        total[both] += of_draws(metric, (score, label), of_rows[both])
+        columns += both
+    with np.errstate(invalid="ignore"):
+        values = total / columns
+    return float(values[0]) if one else values
 
 
 mean_auroc = partial(mean_over_findings, auroc)
@@ -158,20 +205,31 @@ def best_threshold(scores, labels):
 # ------------------------------------------------------------------------------------------------ intervals
 
 
-def bootstrap_ci(metric, *arrays, n=1000, seed=0, patients=None):
-    """95 % percentile interval of metric(*arrays) -> (low, high): n times, the same rows are drawn from all.
+def drawn(metric, *arrays, n=1000, seed=0, patients=None, cells=2**18):
+    """n times the metric of rows drawn with replacement, the same from all arrays -> (n, ...) float.
 
+    A metric with `counts` gets many draws at a time, at most `cells` counts, and sorts rows once for them.
     patients: (rows,) int, whose row it is; then whole patients are drawn, since their images are alike.
     """
-    rng = np.random.default_rng(seed)
-    patients = np.arange(len(arrays[0])) if patients is None else patients
-    _, patient, count = np.unique(patients, return_inverse=True, return_counts=True)
-    rows_of, values = np.split(patient.argsort(kind="stable"), count.cumsum()[:-1]), []
-    for _ in range(n):
-        drawn = rng.integers(len(count), size=len(count))
-        rows = np.concatenate([rows_of[each] for each in drawn]) if len(count) < len(patient) else drawn
-        values.append(metric(*(array[rows] for array in arrays)))
+    rng, rows = np.random.default_rng(seed), np.arange(len(arrays[0]))
+    patient = rows if patients is None else np.unique(patients, return_inverse=True)[1]
+    size, values = patient.max() + 1, []
+    step = max(1, cells // len(rows))
+    for start in range(0, n, step):
+        draws = [np.bincount(rng.integers(size, size=size), minlength=size) for _ in range(start, n)[:step]]
+        counts = np.stack(draws).take(patient, axis=1)
+        values.extend(of_draws(metric, arrays, counts))
+    return np.array(values)
+
+
+def middle(values):
+    """The 95 % in the middle of drawn values -> (low, high)."""
     return tuple(float(v) for v in np.nanpercentile(values, (2.5, 97.5)))
+
+
+def bootstrap_ci(metric, *arrays, n=1000, seed=0, patients=None):
+    """95 % percentile interval of metric(*arrays) -> (low, high); see drawn."""
+    return middle(drawn(metric, *arrays, n=n, seed=seed, patients=patients))
 
 
 class Measure(NamedTuple):
@@ -189,19 +247,14 @@ class Measure(NamedTuple):
         return float(np.mean(self.metric(*self.arrays)))
 
 
-def interval(measure, less=None):
-    """95 % interval of a measure, or of its value less that of another of the same rows -> (low, high).
+def drawn_values(measure):
+    """Values of the measure for 1000 draws of its patients, the same for all measures of the same rows.
 
     Trained classifiers are drawn like the rows: they are a sample of what the training patients could give.
     """
-    rng, count = np.random.default_rng(0), len(measure.arrays)
-
-    def metric(*arrays):
-        values = np.atleast_1d(measure.metric(*arrays[:count]))
-        values = values - less.metric(*arrays[count:]) if less else values
-        return values[rng.integers(len(values), size=len(values))].mean()
-
-    return bootstrap_ci(metric, *measure.arrays, *(less.arrays if less else ()), patients=measure.patients)
+    values = drawn(measure.metric, *measure.arrays, patients=measure.patients).reshape(1000, -1)
+    classifiers = np.random.default_rng(0).integers(values.shape[1], size=values.shape)
+    return np.take_along_axis(values, classifiers, axis=1).mean(1)
 
 
 def entry_of(measure):
@@ -213,13 +266,13 @@ def entry_of(measure):
     if measure.patients is not None:
         entry["patients"] = len(np.unique(measure.patients))
     entry |= {k: float(v) for k in ("chance", "constant") if (v := getattr(measure, k)) is not None}
-    entry["low"], entry["high"] = interval(measure)
+    entry["low"], entry["high"] = middle(drawn_values(measure))
     return entry
 
 
 def difference(one, other):
     """The second measure less the first, of the same rows -> (value, low, high)."""
-    return other.value - one.value, *interval(other, one)
+    return other.value - one.value, *middle(drawn_values(other) - drawn_values(one))
 
 
 def progress(items, what, **options):

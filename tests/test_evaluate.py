@@ -22,6 +22,7 @@ from data import BadInput, Record
 from evaluate import (
     Measure,
     auroc,
+    average_precision,
     balanced_accuracy,
     best_threshold,
     bootstrap_ci,
@@ -146,7 +147,7 @@ def test_average_precision_equals_the_slow_sum():
         scores, labels = rng.integers(0, 6, 20) / 5, rng.random(20) < 0.4
         labels[0] = True
         slow = [labels[scores >= each].mean() for each in scores[labels]]
-        assert evaluate.average_precision(scores, labels) == pytest.approx(np.mean(slow))
+        assert average_precision(scores, labels) == pytest.approx(np.mean(slow))
 
 
 def test_balanced_accuracy_weighs_classes_alike():
@@ -184,6 +185,37 @@ def test_an_interval_is_a_function_of_its_seed_and_leaves_out_draws_without_a_cl
     one, same, other = (bootstrap_ci(np.mean, values, seed=seed) for seed in (3, 3, 4))
     assert one == same != other
     assert bootstrap_ci(auroc, np.array([0.0, 1, 2]), np.array([False, False, True])) == (1, 1)
+
+
+def obvious_interval(metric, *arrays, patients, n, seed=0):
+    """Draws the patients, puts their rows together and computes the metric: nothing is counted."""
+    rng, names, values = np.random.default_rng(seed), np.unique(patients), []
+    for _ in range(n):
+        drawn = names[rng.integers(len(names), size=len(names))]
+        rows = np.concatenate([np.flatnonzero(patients == name) for name in drawn])
+        values.append(metric(*(array[rows] for array in arrays)))
+    return tuple(np.nanpercentile(values, (2.5, 97.5)))
+
+
+@pytest.mark.parametrize("metric", [auroc, average_precision, f1])
+@pytest.mark.parametrize("cells", [1, 500, 10**6])
+def test_counted_draws_give_the_interval_of_the_obvious_bootstrap(metric, cells, monkeypatch):
+    """Also of the mean over findings, one of which most draws miss, and with ties."""
+    monkeypatch.setitem(evaluate.drawn.__kwdefaults__, "cells", cells)
+    rng = np.random.default_rng(0)
+    patients, labels = rng.integers(30, size=90), rng.random((90, 3)) < (0.3, 0.6, 0.0)
+    labels[7, 2] = True
+    scores, known = rng.integers(0, 9, (90, 3)) / 8 + labels / 4, rng.random((90, 3)) < 0.9
+    known[7] = True
+    scores = scores > 0.5 if metric is f1 else scores
+    for function, arrays in (
+        (metric, (scores[:, 0], labels[:, 0])),
+        (partial(evaluate.mean_over_findings, metric), (scores, labels, known)),
+    ):
+        counted = bootstrap_ci(function, *arrays, n=40, patients=patients)
+        assert counted == pytest.approx(
+            obvious_interval(function, *arrays, patients=patients, n=40), abs=1e-12
+        )
 
 
 LABELS = np.arange(150) % 3 == 0
