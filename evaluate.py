@@ -62,21 +62,28 @@ def label_sets(*labels):
     return torch.from_numpy(np.where(rows.any(1), number, -1)).split([len(each) for each in labels])
 
 
-def shares_at_k(similarity, query_sets, candidate_sets, ks):
-    """P@K of each query: the share of relevant candidates among its K nearest (family: GLoRIA).
+def nearest_of(similarity, query_sets, candidate_sets, k):
+    """The k nearest candidates of each query, and whether they are relevant, 0 or 1 -> (Q, k, 2) int64.
 
     A candidate is relevant when its findings equal the query's, never without findings; ties and NaN count
-    against the query. (Q, K) float, (Q,) and (K,) int64 of label_sets -> (Q, len(ks)) float.
-    Raises ValueError: K < max(ks).
+    against the query. (Q, K) float, (Q,) and (K,) int64 of label_sets. Raises ValueError: K < k.
     """
     similarity = torch.as_tensor(similarity).double()
-    if max(ks) > similarity.shape[1]:
-        raise ValueError(f"P@{max(ks)} needs as many candidates, not {similarity.shape[1]}")
+    if k > similarity.shape[1]:
+        raise ValueError(f"P@{k} needs as many candidates, not {similarity.shape[1]}")
     relevant = (candidate_sets == query_sets[:, None]) & (query_sets[:, None] >= 0)
     # An irrelevant candidate is put one step of double precision ahead of those that it ties with.
     ahead = similarity.nextafter(torch.tensor(torch.inf, dtype=torch.double)).nan_to_num(torch.inf)
-    nearest = torch.where(relevant, similarity.nan_to_num(-torch.inf), ahead).topk(max(ks)).indices
-    hits = relevant.gather(1, nearest).double()
+    nearest = torch.where(relevant, similarity.nan_to_num(-torch.inf), ahead).topk(k).indices
+    return torch.stack([nearest, relevant.gather(1, nearest).long()], 2)
+
+
+def shares_at_k(similarity, query_sets, candidate_sets, ks):
+    """P@K of each query: the share of relevant candidates among its K nearest (family: GLoRIA).
+
+    See nearest_of -> (Q, len(ks)) float.
+    """
+    hits = nearest_of(similarity, query_sets, candidate_sets, max(ks))[..., 1].double()
     return torch.stack([hits[:, :k].mean(1) for k in ks], 1)
 
 
@@ -105,6 +112,11 @@ def in_chunks(function, queries, candidates, of_query, cells=2**20):
             found = values.new_empty((len(queries), *values.shape[1:]))
         found[part] = values
     return found
+
+
+def share(right):
+    """How far the rows are right on average, (N,) or (N, V) in 0 ... 1 -> float."""
+    return float(np.mean(right))
 
 
 def auroc(scores, labels, counts=None):
@@ -156,6 +168,13 @@ def of_draws(metric, arrays, counts):
     return np.array([metric(*(array[rows.repeat(times)] for array in arrays)) for times in counts])
 
 
+def blind_precision(labels):
+    """Expected average precision of a random order: (N,) bool, both classes in it -> float."""
+    n, m = len(labels), np.count_nonzero(labels)
+    first = (1 / np.arange(1, n + 1)).mean()
+    return float((m - 1) / (n - 1) * (1 - first) + first)
+
+
 def mean_over_findings(metric, scores, labels, known, counts=None):
     """Mean over the columns in which both classes occur, each over its known rows: (N, C) each -> float.
 
@@ -192,6 +211,11 @@ def mcc(predicted, labels):
     spread = predicted.std() * labels.std()
     covariance = (predicted & labels).mean() - predicted.mean() * labels.mean()
     return float(covariance / spread) if spread else 0.0
+
+
+def agreement(predicted, labels):
+    """Share of predictions that are right: two (N,) bool -> float."""
+    return float((predicted == labels).mean())
 
 
 def best_threshold(scores, labels):
@@ -232,6 +256,81 @@ def bootstrap_ci(metric, *arrays, n=1000, seed=0, patients=None):
     return middle(drawn(metric, *arrays, n=n, seed=seed, patients=patients))
 
 
+class Part(NamedTuple):
+    """A share or an AUROC, and what tells its precision."""
+
+    value: float
+    errors: np.ndarray  # (N,) what each row adds to the error of the value; their sum is 0
+    rows: np.ndarray  # (N,) bool: the rows that limit the precision, of an AUROC the rarer class
+
+
+def share_part(right, rows):
+    """The share of these rows, (N,) bool, that are right, (N,) or (N, V) -> Part."""
+    right = right.reshape(len(right), -1).mean(1)
+    value = np.clip(right[rows].mean(), 0, 1)
+    return Part(value, rows * (right - value) / rows.sum(), rows)
+
+
+def auroc_part(scores, labels, rows):
+    """AUROC over these rows, (N,) bool, by its structural components (DeLong and others, 1988) -> Part."""
+    errors, classes, values = np.zeros(len(scores)), [rows & labels, rows & ~labels], []
+    for sign, (own, others) in zip((1, -1), (classes, classes[::-1]), strict=True):
+        ordered, n = np.sort(sign * scores[others]), own.sum()
+        below = sum(np.searchsorted(ordered, sign * scores[own], side) for side in ("left", "right"))
+        values.append(below / 2 / len(ordered))
+        errors[own] = (values[-1] - values[-1].mean()) / np.sqrt(n * max(1, n - 1))
+    return Part(values[0].mean(), errors, min(classes, key=np.sum))
+
+
+def auroc_parts(scores, labels, known):
+    columns = zip(scores.T, labels.T, known.T, strict=True)
+    return [auroc_part(*column) for column in columns if np.unique(column[1][column[2]]).size == 2]
+
+
+# Metrics that are a share, an AUROC or a mean of such -> function of the arrays that gives these
+PARTS = {
+    share: lambda right: [share_part(right, np.full(len(right), True))],
+    agreement: lambda predicted, labels: [share_part(predicted == labels, np.full(len(labels), True))],
+    balanced_accuracy: lambda predicted, true: [
+        share_part(predicted == true, true == label) for label in np.unique(true)
+    ],
+    auroc: lambda scores, labels: [auroc_part(scores, labels, np.full(len(labels), True))],
+    mean_auroc: auroc_parts,
+}
+
+
+def wilson(value, n, z=1.96):
+    """95 % interval of a share of n trials (Wilson, 1927) -> (low, high)."""
+    centre, half = value + z**2 / 2 / n, z * np.sqrt(value * (1 - value) / n + z**2 / 4 / n**2)
+    return (centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)
+
+
+def score_interval(parts, patients):
+    """95 % interval of the mean of Parts, whose rows are of these patients, (N,) int -> (low, high).
+
+    Each part's is Wilson's, of as many trials as have its variance; errors of a patient are summed first. A
+    patient of the rows that limit a part counts as three trials at most, since a few positives may happen to
+    show hardly any variance (ours; with 5 positives and one trial each for 0 and 1, 0.90 to 0.98 are covered,
+    by a bootstrap 0.64 to 0.84). The distances between values and bounds add up as the errors are correlated
+    (Zou and Donner, 2008).
+    """
+    patient = np.unique(patients, return_inverse=True)[1]
+    errors = np.stack([np.bincount(patient, part.errors) for part in parts])
+    covariance, bounds = errors @ errors.T, []
+    deviation = np.sqrt(covariance.diagonal())
+    for part, sd in zip(parts, deviation, strict=True):
+        most = len(np.unique(patient[part.rows]))
+        spread = part.value * (1 - part.value)
+        trials = min(spread / sd**2, 3 * most) if min(spread, sd) > 1e-9 else most
+        bounds.append(wilson(part.value, trials))
+    correlation = covariance / np.maximum(np.outer(deviation, deviation), 1e-18)
+    np.fill_diagonal(correlation, 1)
+    values = np.array([part.value for part in parts])
+    below, above = (np.array(side) for side in zip(*bounds, strict=True))
+    down, up = (np.sqrt(each @ correlation @ each) / len(parts) for each in (values - below, above - values))
+    return float(values.mean() - down), float(values.mean() + up)
+
+
 class Measure(NamedTuple):
     """A metric and what it is computed from: all that its value, interval and differences need."""
 
@@ -257,8 +356,35 @@ def drawn_values(measure):
     return np.take_along_axis(values, classifiers, axis=1).mean(1)
 
 
+def rarest_class(labels, known=True):
+    """Rows of the rarer class, the fewest of all columns in which both occur: (N,) or (N, C) bool -> int."""
+    labels = labels.reshape(len(labels), -1)
+    rarer = np.minimum((labels & known).sum(0), (~labels & known).sum(0))
+    return rarer[rarer > 0].min()
+
+
+# An AUROC, F1 and so on of fewer positives or negatives has no interval: none of use covers the truth.
+FEWEST = 5
+
+
+def interval(measure):
+    """95 % interval of a measure -> (low, high), or two None where a class has fewer than FEWEST rows.
+
+    Shares, AUROCs and their means by score_interval, others by the bootstrap, whose mean over findings needs
+    as many rows of each.
+    """
+    if "positives" in measure.counts and measure.metric is not mean_auroc:
+        if rarest_class(*measure.arrays[1:]) < FEWEST:
+            return None, None
+    if measure.metric in PARTS:
+        rows = np.arange(len(measure.arrays[0]))
+        patients = rows if measure.patients is None else measure.patients
+        return score_interval(PARTS[measure.metric](*measure.arrays), patients)
+    return middle(drawn_values(measure))
+
+
 def entry_of(measure):
-    """Measure -> what results.json and the table have of it: dict of numbers."""
+    """Measure -> what results.json and the table have of it: dict of numbers, None for no interval."""
     each = np.atleast_1d(measure.metric(*measure.arrays))
     entry = {"value": measure.value, "n": len(measure.arrays[0]), **measure.counts}
     if len(each) > 1:
@@ -266,13 +392,18 @@ def entry_of(measure):
     if measure.patients is not None:
         entry["patients"] = len(np.unique(measure.patients))
     entry |= {k: float(v) for k in ("chance", "constant") if (v := getattr(measure, k)) is not None}
-    entry["low"], entry["high"] = middle(drawn_values(measure))
+    entry["low"], entry["high"] = interval(measure)
     return entry
 
 
-def difference(one, other):
-    """The second measure less the first, of the same rows -> (value, low, high)."""
-    return other.value - one.value, *middle(drawn_values(other) - drawn_values(one))
+def difference(pairs):
+    """Mean of the second measure less the first of each pair, all of the same rows -> (value, low, high).
+
+    The patients are drawn once for all pairs: the interval says nothing of how runs of further seeds differ.
+    """
+    values = [other.value - one.value for one, other in pairs]
+    drawn = [drawn_values(other) - drawn_values(one) for one, other in pairs]
+    return float(np.mean(values)), *middle(np.mean(drawn, axis=0))
 
 
 def progress(items, what, **options):
@@ -426,8 +557,9 @@ def by_finding(kind, metric, scored, chance=lambda labels: 0.5):
     if measures:
         arrays = scored.scores, scored.present, known
         blind = np.mean([measure.chance for measure in measures.values()])
-        mean = Measure(partial(mean_over_findings, metric), arrays, blind, patients=scored.patients)
-        measures[f"{kind} mean"] = mean
+        mean = mean_auroc if metric is auroc else partial(mean_over_findings, metric)
+        counts = {"positives": min(measure.counts["positives"] for measure in measures.values())}
+        measures[f"{kind} mean"] = Measure(mean, arrays, blind, patients=scored.patients, counts=counts)
     return measures
 
 
@@ -438,7 +570,7 @@ def classification(scored):
     if single.any() and len(names) > 1:
         true, predicted = scored.present[single].argmax(1), scored.scores[single].argmax(1)
         told = baselines(scored.present[single]) | {"patients": scored.patients[single]}
-        measures["accuracy"] = Measure(np.mean, (predicted == true,), **told)
+        measures["accuracy"] = Measure(share, (predicted == true,), **told)
         confusion = {  # {true class: {predicted class: images}}
             name: {other: int(((true == i) & (predicted == j)).sum()) for j, other in enumerate(names)}
             for i, name in enumerate(names)
@@ -446,8 +578,13 @@ def classification(scored):
         told |= {"constant": 1 / len(np.unique(true)), "counts": {"confusion": confusion}}
         measures["balanced accuracy"] = Measure(balanced_accuracy, (predicted, true), **told)
     measures |= by_finding("AUROC", auroc, scored)
-    precision = by_finding("AP", average_precision, scored, chance=np.mean)
+    precision = by_finding("AP", average_precision, scored, chance=blind_precision)
     return measures | ({"mAP": precision["AP mean"]} if precision else {})
+
+
+def one_answer(metric, labels):
+    """The metric of the better of all-yes and all-no."""
+    return max(metric(np.full(len(labels), answer), labels) for answer in (True, False))
 
 
 def at_thresholds(scored, valid):
@@ -455,18 +592,18 @@ def at_thresholds(scored, valid):
 
     The threshold has the best F1 on the validation split. Chance is the better of all-yes and all-no.
     """
-    best = by_finding("threshold", best_threshold, valid)
-    thresholds = {name: best[key].value for name in scored.names if (key := f"threshold {name}") in best}
+    thresholds = {}
+    columns = zip(valid.names, valid.scores.T, valid.present.T, valid.absent.T, strict=True)
+    for name, scores, present, absent in columns:
+        if present.any() and absent.any():
+            known = present | absent
+            thresholds[name] = best_threshold(scores[known], present[known])
     if not thresholds:
         raise Lacking("no evaluated finding is both present and absent in the valid split")
     scored, measures = scored.of(thresholds), {}
     scored = scored._replace(scores=scored.scores >= np.array(list(thresholds.values())))
-    for kind, metric in (("F1", f1), ("MCC", mcc), ("binary accuracy", lambda x, y: (x == y).mean())):
-
-        def chance(labels, metric=metric):
-            return max(metric(np.full(len(labels), answer), labels) for answer in (True, False))
-
-        measures |= by_finding(kind, metric, scored, chance)
+    for kind, metric in (("F1", f1), ("MCC", mcc), ("binary accuracy", agreement)):
+        measures |= by_finding(kind, metric, scored, chance=partial(one_answer, metric))
     for name in scored.names:
         if f"F1 {name}" in measures:
             measures[f"F1 {name}"].counts["threshold"] = thresholds[name]
@@ -499,6 +636,35 @@ def hit_chance(right, count, k):
     return 1 - missed.mean()
 
 
+def blind_rank(right, count):
+    """Median 1-based rank of the first right one of `count` in random order: (Q,) how many are -> float."""
+    ranks, behind = np.arange(count), 0
+    for number, queries in zip(*np.unique(right, return_counts=True), strict=True):
+        # P(rank > r) = P(rank > r - 1) · (count - number - r + 1) / (count - r + 1)
+        behind += queries / len(right) * np.cumprod(np.maximum(count - number - ranks, 0) / (count - ranks))
+    return 1 + float((behind > 0.5 + 1e-9).sum() + (behind > 0.5 - 1e-9).sum()) / 2
+
+
+def precisions(nearest, k, patients=None, hit=False):
+    """Share of relevant candidates among each query's k nearest, or whether there is one -> (Q,) float.
+
+    patients: (Q,) int; then candidate i belongs to query i, and is drawn with it. So that the rows vary like
+    that, each has what its candidate adds to the queries of other patients (jackknife), less the mean of it.
+    What the queries of one candidate do not share is counted with the queries already, and taken off.
+    """
+    texts, hits = nearest[:, :k, 0], nearest[..., 1]
+    values = hits[:, :k].sum(1)
+    without = hits[:, : k + 1].sum(1, keepdims=True) - hits[:, :k]  # with the next in place of each
+    values, without = ((each > 0) * 1.0 if hit else each / k for each in (values, without))
+    if patients is not None and k < hits.shape[1]:
+        each = np.where(patients[texts] == patients[:, None], 0, values[:, None] - without)
+        added = np.bincount(texts.ravel(), each.ravel(), minlength=len(values))
+        added -= added.mean()
+        shared = max(0, 1 - each.size * each.var() / max(np.square(added).sum(), 1e-9))
+        values = values + np.sqrt(shared) * added
+    return values
+
+
 def retrieved(images, texts, by_class):
     """P@K and Hit@K, or R@K and median rank, both ways -> Measures.
 
@@ -513,19 +679,21 @@ def retrieved(images, texts, by_class):
         right = torch.bincount(of_candidates, minlength=int(keys.max()) + 1)[keys].numpy()
         ks = [k for k in ((1, 2, 5, 10) if by_class else (1, 5, 10)) if k <= count]
         if by_class:
-            ranked = partial(shares_at_k, candidate_sets=of_candidates, ks=ks)
-            shares = in_chunks(ranked, queries, candidates, keys).numpy().T
-            found = {f"P@{k}": (share, right.mean() / count) for k, share in zip(ks, shares, strict=True)}
-            for k, share in zip(ks[1:], shares[1:], strict=True):  # Hit@1 is P@1
-                found[f"Hit@{k}"] = share > 0, hit_chance(right, count, k)
+            ranked = partial(nearest_of, candidate_sets=of_candidates, k=min(max(ks) + 1, count))
+            nearest = in_chunks(ranked, queries, candidates, keys).numpy()
+            drawn_with = None if texts[2] is None else patients
+            found = {f"P@{k}": (precisions(nearest, k, drawn_with), right.mean() / count) for k in ks}
+            for k in ks[1:]:  # Hit@1 is P@1
+                hit = precisions(nearest, k, drawn_with, hit=True)
+                found[f"Hit@{k}"] = hit, hit_chance(right, count, k)
         else:
             ranked = partial(partner_rank, candidate_ids=of_candidates)
             rank = in_chunks(ranked, queries, candidates, keys).numpy()
             found = {f"R@{k}": (rank < k, hit_chance(right, count, k)) for k in ks}
-            found["median rank"] = rank + 1, ((count - right) / (right + 1)).mean() + 1
+            found["median rank"] = rank + 1, blind_rank(right, count)
         told = {"patients": patients, "counts": {"candidates": count}}
         for name, (of_queries, chance) in found.items():
-            metric = np.median if name == "median rank" else np.mean
+            metric = np.median if name == "median rank" else share
             measures[f"{way}_{name}"] = Measure(metric, (of_queries,), chance, **told)
     return measures
 
@@ -734,9 +902,9 @@ def prompt_sensitivity(run, encoded, *, classes=None):
     told = baselines(present[single]) | {"patients": patients}
     return {
         "drop": Measure(lambda one, others: one.mean() - others.mean(), (trained, others), patients=patients),
-        "mean": Measure(np.mean, (others,), counts={"variants": others.shape[1]}, **told),
+        "mean": Measure(share, (others,), counts={"variants": others.shape[1]}, **told),
         "worst": Measure(lambda right: right.mean(0).min(), (others,), **told),
-        **{variant: Measure(np.mean, (each,), **told) for variant, each in right.items()},
+        **{variant: Measure(share, (each,), **told) for variant, each in right.items()},
     }
 
 
@@ -784,8 +952,8 @@ def prompt_words(run, encoded):
         of_image, of_report = images @ features.T, reports @ features.T
         with_own = of_report[own_of_report]
         found = {
-            "image": (np.mean, of_image.argmax(1) == own.argmax(1), single),
-            "report": (np.mean, of_report.argmax(1) == own_of_report.argmax(1), rows),
+            "image": (share, of_image.argmax(1) == own.argmax(1), single),
+            "report": (share, of_report.argmax(1) == own_of_report.argmax(1), rows),
             "margin": (np.mean, with_own - (of_report.sum(1) - with_own) / (len(columns) - 1), rows),
         }
         for kind, (metric, values, of) in found.items():
@@ -1411,20 +1579,27 @@ def rows_shown(task, metrics, all_metrics):
     return [name for name in metrics if name in MAIN_ROWS.get(task, ()) and not all_metrics] or list(metrics)
 
 
-def print_table(task, entries, all_metrics=True):
+def print_table(task, entries, all_metrics):
     """{metric: entry} of a task, and a warning where zero-shot is worse than a blind guess."""
     rows = rows_shown(task, entries, all_metrics)
-    width = max([34, *map(len, rows)])
-    print(f"\n{task:{width}}{'value':>8}{'95 % interval':>21}{'chance':>8}{'constant':>10}{'n':>7}")
+    width, counted = max([34, *map(len, rows)]), any("positives" in entries[name] for name in rows)
+    head = f"\n{task:{width}}{'value':>8}{'95 % interval':>21}{'chance':>8}{'constant':>10}{'n':>7}"
+    print(head + f"{'positives':>11}" * counted)
     for name in rows:
         entry = entries[name]
-        bounds = f"{entry['low']:.3f} to {entry['high']:.3f}"
+        bounds = "-" if entry["low"] is None else f"{entry['low']:.3f} to {entry['high']:.3f}"
         blind, constant = (f"{entry[k]:.3f}" if k in entry else "" for k in ("chance", "constant"))
-        print(f"{name:{width}}{entry['value']:8.3f}{bounds:>21}{blind:>8}{constant:>10}{entry['n']:7}")
+        line = f"{name:{width}}{entry['value']:8.3f}{bounds:>21}{blind:>8}{constant:>10}{entry['n']:7}"
+        print(line + (f"{entry['positives']:11}" if "positives" in entry else ""))
+    if any(entries[name]["low"] is None for name in rows):
+        print(f"-: no interval of fewer than {FEWEST} positives or negatives")
+    if counted and any(name.endswith(" mean") for name in rows):
+        print("positives of a mean: those of its rarest finding")
     if len(rows) < len(entries):
         print(f"({len(entries) - len(rows)} more with --all-metrics)")
     for name, entry in entries.items():
-        if task == "zero-shot" and name.startswith("AUROC") and entry["high"] < 0.5:
+        below = entry["high"] is not None and entry["high"] < 0.5
+        if task == "zero-shot" and name.startswith("AUROC") and below:
             print(f"warning: {name} is below 0.5: do its prompts and labels mean the same?")
 
 
@@ -1601,32 +1776,67 @@ def groups_by_flags(runs):
     return groups
 
 
-# Student's t at 97.5 %, for the mean of so many seeds; more than ten use the last, which is a little wide
-T_OF = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+def t_p(t, freedom):
+    """Two-sided p of Student's t with whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 4)."""
+    angle, odd = math.atan2(abs(t), math.sqrt(freedom)), freedom % 2
+    term = total = math.cos(angle) ** odd if freedom > 1 else 0.0
+    for k in range(2 + odd, freedom - 1, 2):
+        term *= (k - 1) / k * math.cos(angle) ** 2
+        total += term
+    inside = math.sin(angle) * total
+    return 1 - (2 / math.pi * (angle + inside) if odd else inside)
 
 
-def mean_over_seeds(values, sign=""):
-    """The mean, and of several values half the width of its 95 % interval -> str, "" for no value."""
-    mean = f"{np.mean(values):{sign}.3f}" if values else ""
-    if len(values) < 2:
-        return mean
-    error = np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{mean} ± {T_OF[min(len(values), 10)] * error:.3f}"
+def t_test(differences):
+    """Two-sided p of no difference, from the differences of paired seeds -> float, nan of one."""
+    n, mean = len(differences), np.mean(differences)
+    error = np.std(differences, ddof=1) / n**0.5 if n > 1 else math.nan
+    return t_p(mean / error, n - 1) if error else float(mean == 0)
+
+
+def holm(p):
+    """p of several tests corrected for their number (Holm, 1979): {name: p} -> {name: p}."""
+    corrected, least = {}, 0.0
+    for rank, name in enumerate(sorted(p, key=p.get)):
+        corrected[name] = least = max(least, min(1.0, (len(p) - rank) * p[name]))
+    return {name: corrected[name] for name in p}
+
+
+def half_width(values, further=False):
+    """Half the width of the 95 % interval of the mean of several seeds, or of one further seed's value."""
+    low, high = 0.0, 1000.0
+    while high - low > 1e-9 * high:
+        t = (low + high) / 2
+        low, high = (t, high) if t_p(t, len(values) - 1) > 0.05 else (low, t)
+    return high * np.std(values, ddof=1) * (1 / len(values) + further) ** 0.5
+
+
+def mean_over_seeds(values):
+    """The mean, and of several values half the width of its 95 % interval -> str."""
+    return f"{np.mean(values):.3f}" + (f" ± {half_width(values):.3f}" if len(values) > 1 else "")
 
 
 def seeds_compared(first, group):
-    """The second group's values less the first's, {seed: Measure} each, by runs of the same seed -> str."""
+    """The second group's values less the first's, {seed: Measure} each, by runs of the same seed -> str.
+
+    All seeds have the same test patients, so these are drawn once for all; of several seeds, the widths over
+    patients and over seeds add up as those of independent errors.
+    """
     pairs = [(first[seed], group[seed]) for seed in group if seed in first]
-    if len(first) == len(group) == len(pairs) == 1:
-        value, low, high = difference(*pairs[0])
-        return f"{value:+.3f} ({low:+.3f} to {high:+.3f})"
-    return mean_over_seeds([other.value - one.value for one, other in pairs], "+")
+    if not pairs:
+        return ""
+    values = [other.value - one.value for one, other in pairs]
+    value, low, high = difference(pairs)
+    if len(pairs) > 1:
+        half = half_width(values)
+        low, high = value - math.hypot(value - low, half), value + math.hypot(high - value, half)
+    return f"{value:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def print_comparison(paths, runs, results, all_metrics):
     """Groups of runs that differ in the seed alone, side by side, and each group's difference to the first.
 
-    Intervals of single runs are over the test set, those of several seeds over the seeds.
+    all_metrics: list the value of each seed, too, and where 95 % of further seeds should lie.
     results: [{task: {metric: Measure}} of each run]
     """
     groups = groups_by_flags(runs)
@@ -1647,8 +1857,22 @@ def print_comparison(paths, runs, results, all_metrics):
                 cells = [f"{mean_over_seeds([each.value for each in group.values()]):>18}" for group in of]
                 cells += [f"{seeds_compared(of[0], group):>28}" for group in of[1:]]
                 lines[f"{task}  {metric}"] = cells
+                for number, values in enumerate(of if all_metrics else [], 1):
+                    told = [f"seed {seed} {values[seed].value:.3f}" for seed in sorted(values)]
+                    seeds = [measure.value for measure in values.values()]
+                    if len(seeds) > 1:
+                        mean, half = np.mean(seeds), half_width(seeds, further=True)
+                        told.append(f"a further seed {mean - half:.3f} to {mean + half:.3f}")
+                    lines[f"{task}  {metric}  {number}"] = ["  " + ", ".join(told)]
     for name, cells in lines.items():
         print(f"{name:{max(map(len, lines))}}" + "".join(cells))
+    if any(len(group) > 1 for group in groups):
+        print("±: 95 % over the seeds, of these test patients")
+    shared = [len(groups[0].keys() & group.keys()) for group in groups[1:]]
+    if 1 in shared:
+        print("one seed each: the interval is over test patients alone; other seeds may differ by more")
+    if any(number > 1 for number in shared):
+        print("several seeds each: the interval of a difference is over seeds and test patients")
 
 
 def note_seen_patients(path, records):

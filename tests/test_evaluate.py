@@ -252,11 +252,11 @@ def test_the_interval_of_a_difference_is_paired_drawn_by_patient_and_by_the_metr
     one, other = np.random.default_rng(0).random((2, 80))
     patients = np.arange(80) // 4
     first, same, second = (Measure(np.mean, (v,), patients=patients) for v in (one, one + 0.25, other))
-    assert evaluate.difference(first, same) == pytest.approx((0.25, 0.25, 0.25))
-    found = evaluate.difference(first, second)
+    assert evaluate.difference([(first, same)]) == pytest.approx((0.25, 0.25, 0.25))
+    found = evaluate.difference([(first, second)])
     assert found[1:] == pytest.approx(bootstrap_ci(np.mean, other - one, patients=patients))
     shifted = first._replace(metric=lambda values: values.mean() - 3)  # a distance to its own prompts, say
-    assert evaluate.difference(first, shifted) == pytest.approx((-3, -3, -3))
+    assert evaluate.difference([(first, shifted)]) == pytest.approx((-3, -3, -3))
 
 
 def test_trained_classifiers_are_drawn_for_the_interval():
@@ -265,6 +265,120 @@ def test_trained_classifiers_are_drawn_for_the_interval():
     entry = evaluate.entry_of(Measure(partial(np.mean, axis=0), (right,)))
     assert entry["value"] == 0.25 and entry["low"] == 0 and entry["high"] >= 0.5
     assert entry["spread"] == 0.5
+
+
+def covered(sample, truth, draws=300):
+    """Share of the intervals that hold the truth; sample: rng -> Measure."""
+    rng, inside = np.random.default_rng(0), 0
+    for _ in range(draws):
+        low, high = evaluate.interval(sample(rng))
+        inside += low <= truth <= high
+    return inside / draws
+
+
+def clustered(rng):
+    """30 patients of five images each, which are often alike."""
+    own, patients = rng.random(30) < 0.8, np.arange(150) // 5
+    right = np.where(rng.random(150) < 0.7, own[patients], rng.random(150) < 0.8)
+    return Measure(evaluate.share, (right,), patients=patients)
+
+
+def of_classes(sizes, right):
+    """Classes of these sizes, with these shares predicted right."""
+    true = np.arange(len(sizes)).repeat(sizes)
+    return lambda rng: Measure(
+        balanced_accuracy, (np.where(rng.random(len(true)) < np.array(right)[true], true, -1), true)
+    )
+
+
+def of_findings(positives, shifts):
+    """300 images with correlated scores of findings, which so many have and which are so much higher then."""
+    labels = np.array([np.arange(300) * 7 % 300 < number for number in positives]).T
+
+    def sample(rng):
+        scores = rng.normal(size=labels.shape) * 0.51**0.5 + 0.7 * rng.normal(size=(300, 1)) + labels * shifts
+        if len(positives) == 1:
+            return Measure(auroc, (scores[:, 0], labels[:, 0]), counts={"positives": positives[0]})
+        return Measure(evaluate.mean_auroc, (scores, labels, np.ones_like(labels)))
+
+    return sample
+
+
+def shifted(*shifts):
+    """The mean AUROC of normal scores that are so much higher in positives."""
+    return np.mean([(1 + math.erf(shift / 2)) / 2 for shift in shifts])
+
+
+@pytest.mark.parametrize(
+    ("sample", "truth"),
+    [
+        (lambda rng: Measure(evaluate.share, (rng.random(30) < 0.95,)), 0.95),
+        (clustered, 0.8),
+        (of_classes((3, 100), (0.9, 0.8)), 0.85),
+        (of_classes((3, 100, 100, 100), (0.4, 0.9, 0.9, 0.9)), 0.775),
+        (of_findings([5], [1]), shifted(1)),
+        (of_findings([5], [2.8]), shifted(2.8)),
+        (of_findings([10], [2]), shifted(2)),
+        (of_findings([3, 50, 50], [2.8, 1, 1]), shifted(2.8, 1, 1)),
+        (of_findings([1, 100], [2, 1]), shifted(2, 1)),
+    ],
+    ids=lambda value: "" if callable(value) else f"{value:.3f}",
+)
+def test_intervals_of_few_rows_and_of_few_positives_hold_the_truth(sample, truth):
+    assert 0.905 <= covered(sample, truth) <= 0.99  # 0.95, and three standard errors of 300 draws
+
+
+def of_pairs(rng, patients=150, pairs=1):
+    """Images and reports of five classes, which look as their patient does."""
+    sets = torch.tensor(rng.integers(5, size=patients).repeat(pairs))
+    centres = 0.7 * rng.normal(size=(patients, 8)).repeat(pairs, 0) + 1.2 * np.eye(5, 8)[sets]
+    sides = (torch.tensor(centres + 0.4 * rng.normal(size=centres.shape)) for _ in range(2))
+    of = np.arange(patients).repeat(pairs)
+    return evaluate.retrieved(*((torch.nn.functional.normalize(side), sets, of) for side in sides), True)
+
+
+@pytest.mark.parametrize("pairs", [1, 4])
+def test_intervals_of_p_at_k_hold_what_other_images_and_other_reports_would_give(pairs):
+    rng = np.random.default_rng(0)
+    samples = [of_pairs(rng, 150 // pairs, pairs) for _ in range(150)]
+    for name in ("i2t_P@1", "i2t_P@10", "t2i_P@5", "i2t_Hit@2") if pairs == 1 else ("i2t_P@10", "t2i_P@10"):
+        truth = np.mean([found[name].value for found in samples])
+        bounds = [evaluate.interval(found[name]) for found in samples]
+        assert 0.9 <= np.mean([low <= truth <= high for low, high in bounds]) <= 0.99, name
+
+
+def test_candidates_that_are_drawn_with_the_queries_leave_the_precision_as_it_is():
+    rng = np.random.default_rng(0)
+    texts = rng.random((30, 30)) + np.arange(30) / 10  # some are near to most queries
+    texts = texts.argsort(1)
+    nearest = np.stack([texts, texts % 3 == 0], 2)
+    for k in (1, 2, 10):
+        alone, together = (evaluate.precisions(nearest, k, patients) for patients in (None, np.arange(30)))
+        assert alone.mean() == pytest.approx(together.mean()) and not np.allclose(alone, together)
+
+
+def test_the_interval_of_one_share_is_wilsons():
+    low, high = evaluate.interval(Measure(evaluate.share, (np.arange(10) < 1,)))
+    assert (low, high) == pytest.approx((0.0179, 0.4042), abs=1e-3)  # Brown, Cai and DasGupta, 2001
+    low, high = evaluate.interval(Measure(evaluate.share, (np.full(20, True),)))
+    assert high == pytest.approx(1) and low == pytest.approx(20 / (20 + 1.96**2))
+
+
+@pytest.mark.parametrize("positives", [1, 4, 5, 35, 36])
+def test_too_few_positives_or_negatives_have_no_interval(positives, capsys):
+    labels = np.arange(40) < positives
+    names, columns = ["A", "B"], np.stack([labels, np.arange(40) % 2 == 0], 1)
+    scores = np.random.default_rng(0).random((40, 2))
+    found = evaluate.classification(evaluate.Scored(names, scores, columns, ~columns, np.arange(40)))
+    entries = {name: evaluate.entry_of(measure) for name, measure in found.items()}
+    few = not 5 <= positives <= 35
+    assert (entries["AUROC A"]["low"] is None) == (entries["mAP"]["low"] is None) == few
+    assert entries["AUROC mean"]["low"] is not None and entries["AUROC B"]["positives"] == 20
+    evaluate.print_table("zero-shot", entries, all_metrics=True)
+    table = capsys.readouterr().out
+    assert ("no interval of fewer than 5 positives" in table) == few
+    assert re.search(rf"AUROC A .* {positives}\n", table)
+    assert bool(re.search(r"AUROC A +0\.\d{3} +- ", table)) == few
 
 
 # -------------------------------------------------------------------------------------------------- features
@@ -448,10 +562,10 @@ def test_the_screen_shows_the_main_rows_and_on_demand_all(assess, tmp_path, caps
     for flags in ((), ("--all-metrics",)):
         assert assess("--limit", 20, *flags) == 0
         table = capsys.readouterr().out
-        assert re.search(r"zero-shot +value +95 % interval +chance +constant +n\n", table)
+        assert re.search(r"zero-shot +value +95 % interval +chance +constant +n +positives\n", table)
         assert re.search(r"accuracy +\d\.\d{3} +\d\.\d{3} to \d\.\d{3} +0\.200 +0\.\d00 +20\n", table)
         lines = table.splitlines()
-        shown[flags] = [line.split("  ")[0] for line in lines if re.search(r" to .* \d+$", line)]
+        shown[flags] = [line.split("  ")[0] for line in lines if re.search(r"( to | - ).* \d+$", line)]
         assert ("F1 mean" in metrics_of(tmp_path / "results.json")["zero-shot"]) == bool(flags)
     main = ["accuracy", "balanced accuracy", "AUROC mean", "i2t_P@1", "t2i_P@1", "i2t_R@10", "t2i_R@10"]
     assert shown[()] == main
@@ -461,9 +575,10 @@ def test_the_screen_shows_the_main_rows_and_on_demand_all(assess, tmp_path, caps
 
 def test_a_score_worse_than_a_blind_guess_is_pointed_out(capsys):
     entry = {"value": 0.1, "low": 0.05, "high": 0.2, "chance": 0.5, "n": 9}
-    entries = {"AUROC A": entry, "AUROC B": entry | {"high": 0.6}, "accuracy": entry}
+    few = entry | {"low": None, "high": None}
+    entries = {"AUROC A": entry, "AUROC B": entry | {"high": 0.6}, "AUROC C": few, "accuracy": entry}
     for task in ("zero-shot", "linear-probe"):  # the probe has no prompts to be wrong
-        evaluate.print_table(task, entries)
+        evaluate.print_table(task, entries, all_metrics=True)
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert len(warnings) == 1 and "AUROC A" in warnings[0]
 
@@ -653,11 +768,63 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group_and_compared_by_seed(f
     one, other = (np.array([value[f"run{4 * mask + n}"] for n in seeds[mask]]) for mask in (True, False))
     (line,) = re.findall(r"\nzero-shot  accuracy .*±.*", capsys.readouterr().out)
     t_of = {2: 12.706, 3: 4.303}
-    cells = [
-        (each.mean(), t_of[len(each)] * each.std(ddof=1) / len(each) ** 0.5)
-        for each in (one, other, other[:2] - one[1:])
-    ]
-    assert re.findall(r"-?\d\.\d{3} ± \d\.\d{3}", line) == [f"{m:.3f} ± {h:.3f}" for m, h in cells]
+    halves = [t_of[len(each)] * each.std(ddof=1) / len(each) ** 0.5 for each in (one, other)]
+    cells = [f"{each.mean():.3f} ± {half:.3f}" for each, half in zip((one, other), halves, strict=True)]
+    assert re.findall(r"-?\d\.\d{3} ± \d\.\d{3}", line) == cells
+    less = other[:2] - one[1:]
+    ((mean, low, high),) = re.findall(r"([+-][\d.]+) \(([+-][\d.]+) to ([+-][\d.]+)\)", line)
+    assert mean == f"{less.mean():+.3f}"
+    half = t_of[2] * less.std(ddof=1) / 2**0.5  # over the seeds; with the patients it is wider
+    assert float(low) < less.mean() - half < less.mean() + half < float(high)
+
+
+def test_the_interval_over_seeds_has_what_all_of_them_share_the_test_patients():
+    """Here all seeds differ by the same in each patient, so seeds alone would give no width."""
+    one, other = np.random.default_rng(0).random((2, 50))
+    first, group = ({seed: Measure(np.mean, (each,)) for seed in range(3)} for each in (one, other))
+    alone = evaluate.seeds_compared({0: first[0]}, {0: group[0]})
+    assert evaluate.seeds_compared(first, group) == alone
+    low, high = bootstrap_ci(np.mean, other - one)
+    assert alone == f"{(other - one).mean():+.3f} ({low:+.3f} to {high:+.3f})"
+    assert evaluate.seeds_compared(first, {7: group[0]}) == ""
+
+
+@pytest.mark.parametrize(
+    ("freedom", "t"), [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (30, 2.042), (999, 1.962)]
+)
+def test_students_t_as_in_the_tables(freedom, t):
+    assert evaluate.t_p(t, freedom) == evaluate.t_p(-t, freedom) == pytest.approx(0.05, abs=1e-4)
+    values = np.random.default_rng(0).random(freedom + 1)
+    error = values.std(ddof=1) / len(values) ** 0.5
+    assert evaluate.half_width(values) == pytest.approx(t * error, rel=1e-3)
+    assert evaluate.half_width(values, further=True) == pytest.approx(
+        t * error * (freedom + 2) ** 0.5, rel=3e-4
+    )
+
+
+def test_p_of_paired_differences_and_their_correction_by_hand():
+    assert evaluate.t_test([1, 2, 3]) == pytest.approx(0.0742, abs=1e-4)  # t = 3.464, 2 degrees of freedom
+    assert evaluate.t_test([0.5, 0.5]) == 0 and evaluate.t_test([0, 0]) == 1
+    assert math.isnan(evaluate.t_test([1.0]))
+    corrected = evaluate.holm({"a": 0.02, "b": 0.01, "c": 0.5, "d": 0.021})
+    assert corrected == pytest.approx({"a": 0.06, "b": 0.04, "c": 0.5, "d": 0.06})
+    assert evaluate.holm({"a": 0.9, "b": 0.8}) == {"a": 1, "b": 1}
+
+
+def test_a_comparison_says_what_its_intervals_are_over_and_on_demand_lists_the_seeds(
+    family, tmp_path, capsys
+):
+    folders = [family(2 * mask + n, {"label_mask": mask, "seed": n}) for mask in (0, 1) for n in (0, 1)]
+    fixed = ["--task", "zero-shot", "--limit", "20", "--out", str(tmp_path / "compared.json"), "--compare"]
+    said = "one seed each: the interval is over test patients alone"
+    assert evaluate.main([*fixed, folders[0], folders[2]]) == 0
+    assert said in capsys.readouterr().out
+    assert evaluate.main([*fixed, *folders]) == 0
+    several = capsys.readouterr().out
+    assert said not in several and "over seeds and test patients" in several and "seed 0" not in several
+    assert evaluate.main([*fixed, *folders, "--all-metrics"]) == 0
+    listed = re.findall(r"seed 0 \d\.\d{3}, seed 1 \d\.\d{3}, a further seed .*", capsys.readouterr().out)
+    assert len(listed) > 2
 
 
 def test_runs_of_two_commits_and_two_checkpoints_of_one_run_are_two_groups(family):

@@ -222,6 +222,30 @@ def test_chance_is_that_of_a_blind_draw_and_pairs_without_findings_count_for_rec
     assert len(found["i2t_P@1"].arrays[0]) == 2 and len(found["i2t_R@1"].arrays[0]) == 3
 
 
+@pytest.mark.parametrize(
+    ("right", "count"), [([1], 7), ([1] * 5, 8), ([3, 1, 9, 1], 30), ([2], 2), ([4, 4], 4)]
+)
+def test_chance_of_the_median_rank_is_that_of_random_orders(right, count):
+    """Over many queries with as many right candidates as these."""
+    rng = np.random.default_rng(0)
+    ranks = [
+        rng.permutation(count)[:number].min() + 1 for number in right for _ in range(20_000 // len(right))
+    ]
+    middle = [np.quantile(ranks, 0.5 + step) for step in (-0.01, 0.01)]
+    assert middle[0] - 0.5 <= evaluate.blind_rank(np.array(right), count) <= middle[1] + 0.5
+    assert evaluate.blind_rank(np.ones(4, int), count) == (count + 1) / 2
+
+
+@pytest.mark.parametrize(("positives", "n"), [(1, 5), (2, 6), (8, 40)])
+def test_chance_of_the_average_precision_is_that_of_random_scores(positives, n):
+    rng, labels = np.random.default_rng(0), np.arange(n) < positives
+    blind = [evaluate.average_precision(rng.random(n), labels) for _ in range(4000)]
+    assert evaluate.blind_precision(labels) == pytest.approx(
+        np.mean(blind), abs=4 * np.std(blind) / 4000**0.5
+    )
+    assert evaluate.blind_precision(np.arange(234) < 8) == pytest.approx(0.055, abs=5e-4)
+
+
 def test_reports_of_images_with_unknown_findings_are_left_out_of_p_at_k_and_counted(run, capsys):
     encoded = hand_made(np.eye(4), "ABAB", absent=["BC", "AC", "B", "AC"])
     found = evaluate.retrieval(run, encoded)
@@ -321,7 +345,7 @@ def test_transfer_is_the_mean_over_the_training_draws_and_its_interval_draws_the
     assert entry["value"] == 0.5 and entry["spread"] == pytest.approx(0.5**0.5) and entry["trained"] == 2
     assert (entry["low"], entry["high"]) == (0, 1)
     worse = accuracy._replace(arrays=(np.zeros_like(accuracy.arrays[0]),))
-    assert evaluate.difference(worse, accuracy) == (0.5, 0, 1)
+    assert evaluate.difference([(worse, accuracy)]) == (0.5, 0, 1)
     several = hand_made(np.eye(3), ["AB", "B", "C"])  # findings an image: there is no accuracy
     assert evaluate.transfer(several, {10: [np.eye(3)]}).keys() == {"10 % AUROC mean"}
 
