@@ -270,7 +270,7 @@ def test_processes_that_would_do_other_work_are_told_in_what_they_differ(
     seen = []
     monkeypatch.setattr(train, "from_all_ranks", lambda mine: seen.append(mine) or [mine])
     for more in ([], flags.split()):
-        args = options(*more)
+        args = options("--out", "run", *more)
         train.refuse_other_work(args, train.training_sha256(train.load_splits(args)[0]))
     monkeypatch.setattr(train, "from_all_ranks", lambda _: seen)
     if not named:
