@@ -2015,7 +2015,7 @@ def pack(data, out, *, side, channels=1, views=FRONTAL, section="both", workers=
 # A second look at the details of both pictures tells copies from look-alikes. Neither finds a mirrored or
 # inverted copy.
 
-SAME, ALIKE = 24, 0.91  # bits of 256 that may differ, and how details have to correlate; see REPRODUCE.md
+SAME, ALIKE = 22, 0.91  # bits of 256 that may differ, and how details have to correlate; see REPRODUCE.md
 MARGINS = (0, 0.025, 0.05, 0.1)  # shares that are cut off each side, as a copy may lack them
 
 
@@ -2043,9 +2043,14 @@ def picture_views(image):
 def picture_hash(image):
     """Image of a Record -> (V, 256) int8 of 1 and -1, a row for each view; 0: nothing to compare."""
     try:
-        views = map(Image.fromarray, picture_views(image))
+        return hashes_of_views(picture_views(image))
     except BadInput:
         return np.zeros((len(MARGINS), 256), np.int8)
+
+
+def hashes_of_views(views):
+    """What picture_views gives -> what picture_hash gives."""
+    views = map(Image.fromarray, views)
     cells = np.stack([view.resize((17, 16), Image.Resampling.LANCZOS) for view in views]).astype(np.int16)
     bits = np.where(np.diff(cells) > 0, 1, -1).astype(np.int8).reshape(len(cells), 256)
     return bits * (abs(bits.sum(1, keepdims=True)) <= 256 - 2 * SAME)
@@ -2085,9 +2090,10 @@ def correlation(one, other):
 
 
 def alike(one, other):
-    """Whether two pictures show the same, by the views of both."""
-    pairs = [(one[0], other[0]), *((one[0], view) for view in other[1:]), *((v, other[0]) for v in one[1:])]
-    return any(correlation(*pair) >= ALIKE for pair in pairs)
+    """Whether two pictures show the same, by the views of both: hash and details of one pair of views."""
+    equal = hashes_of_views(one).astype(int) @ hashes_of_views(other).T.astype(int)
+    near = [(i, j) for i, j in np.argwhere(equal >= 256 - 2 * SAME) if i == 0 or j == 0]
+    return any(correlation(one[i], other[j]) >= ALIKE for i, j in near)
 
 
 def hashes_of(records, workers=0):
