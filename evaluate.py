@@ -1282,8 +1282,8 @@ def encode_texts(run, texts, as_prompts=False, prompt=TRAINED):
 
 
 def encode_images(run, images):
-    """Paths, Pillow images, or (H, W) or (H, W, 3) uint8 arrays -> (N, D) float32, unit length."""
-    records = []
+    """A path, or a list of paths, Pillow images, (H, W) or (H, W, 3) uint8 arrays -> (N, D) float32."""
+    images, records = [images] if isinstance(images, (str, Path)) else images, []
     for i, image in enumerate(images):
         if isinstance(image, Image.Image):
             image = np.asarray(data.upright(image, run.args.channels))
@@ -1357,11 +1357,15 @@ FONT = ImageFont.load_default(13)
 
 
 def gallery(encoded, path, rows=4, columns=3, side=224):
-    """Draws random query images beside their nearest reports; a green frame: exactly the same findings."""
+    """Draws random query images beside their nearest reports; a green frame: exactly the same findings.
+
+    Of equal reports the first alone is shown, or the query's own.
+    """
     if not len(encoded.report_features):
         raise BadInput("a gallery needs reports, and these data have none")
     images, labels = encoded.image_features[encoded.report_rows], encoded.present[encoded.report_rows]
     records = [encoded.records[row] for row in encoded.report_rows]
+    text_of = numbered(" ".join(record.report.split()) for record in records)
     queries = np.random.default_rng(0).permutation(len(images))[:rows]
     width, height, title = side + 8, side + 30, 22  # of a tile, and of the line above its image
     picture = Image.new("RGB", ((1 + columns) * width, len(queries) * height), "white")
@@ -1370,7 +1374,10 @@ def gallery(encoded, path, rows=4, columns=3, side=224):
         view = data.evaluation_transform(side)(data.read_image(records[query].image, 3))
         picture.paste(data.to_pillow(view), (0, top + title))
         draw.text((4, top + 4), ", ".join(sorted(data.present(records[query])))[:32], "black", FONT)
-        for rank, near in enumerate((-(images[query] @ encoded.report_features.T)).argsort()[:columns], 1):
+        nearest = (-(images[query] @ encoded.report_features.T)).argsort(kind="stable")
+        first = {text_of[query]: query}  # a report of each text
+        nearest = [near for near in nearest if first.setdefault(text_of[near], near) == near]
+        for rank, near in enumerate(nearest[:columns], 1):
             match, left = (labels[near] == labels[query]).all() and labels[query].any(), rank * width
             lines = [f"{rank}. {'match' if match else 'no match'}{', its own report' * bool(near == query)}"]
             text = f"[{', '.join(sorted(data.present(records[near])))}] {records[near].report}"

@@ -292,3 +292,30 @@ def test_a_forest_plot_marks_intervals_without_0_and_leaves_missing_metrics_empt
         sizes.append(Image.open(tmp_path / "f.png").size)
     assert seen == [{RED}, {BLUE}, {RED, BLUE}]
     assert sizes[1][0] == sizes[2][0] == sizes[0][0] + 300 and sizes[2][1] == sizes[0][1] + 40
+
+
+# ---------------------------------------------------------------------------------------------------- gallery
+
+
+def test_the_gallery_shows_equal_reports_once_and_a_query_its_own(tmp_path, monkeypatch):
+    picture, shown = np.zeros((16, 16), np.uint8), []
+    texts = ["clear lungs", "clear  lungs", "fluid", "clear lungs"]
+    records = [data.Record(picture, text, {"A": 1}, str(i), "test") for i, text in enumerate(texts)]
+    images, reports = np.eye(2, dtype=np.float32)[[0, 0, 0, 0]], np.eye(2, dtype=np.float32)[[0, 0, 1, 0]]
+    known = np.ones((4, 1), bool)
+    encoded = evaluate.Encoded(records, ["A"], images, reports, np.arange(4), known, ~known, images, images)
+    monkeypatch.setattr(
+        evaluate.ImageDraw.ImageDraw, "multiline_text", lambda self, at, text, *_: shown.append(text)
+    )
+    evaluate.gallery(encoded, tmp_path / "g.png", rows=4, columns=4)
+    assert sum("fluid" in text for text in shown) == 4 and len(shown) == 8  # two texts for each query
+    own = [text for text in shown if "its own report" in text]
+    assert len(own) == 4 and sum("clear" in text for text in own) == 3
+
+
+@pytest.mark.parametrize("kind", [str, lambda path: path])
+def test_one_path_is_one_image(run, folder, kind):
+    one, listed = (
+        evaluate.encode_images(run, images) for images in (kind(folder / "a.png"), [folder / "a.png"])
+    )
+    assert np.array_equal(one, listed) and len(one) == 1
