@@ -121,12 +121,11 @@ def losses(args, batch, features, scale):
     found = {}
 
     rows, texts, ids = batch.report_pairs
-    v, u, present, ids, image_ids = gather_rows(
-        images[rows], reports[texts], batch.present[rows], ids, batch.image_ids[rows]
-    )
+    known = batch.present[rows], batch.absent[rows], ids, batch.image_ids[rows]
+    v, u, present, absent, ids, image_ids = gather_rows(images[rows], reports[texts], *known)
     if len(u):
-        known = present if args.label_mask in ("both", "reports") else torch.zeros_like(present)
-        removed = report_mask(known, batch.diseases, ids, image_ids)
+        diseases = batch.diseases & (args.label_mask in ("both", "reports"))  # without any no labels count
+        removed = report_mask(present, absent, diseases, ids, image_ids)
         found["report"] = contrast(args.objective, v, u, scale, removed, ids)
 
     rows, texts, ids = batch.prompt_pairs

@@ -67,21 +67,22 @@ def label_mask(image_labels, text_labels, rule):
     return fits & image_labels.any(1)[:, None] & text_labels.any(1)[None, :]
 
 
-def report_mask(present, diseases, text_ids, image_ids):
+def report_mask(present, absent, diseases, text_ids, image_ids):
     """F_ij of reports: a report equal to report j is of image i, or of an image with the same labels.
 
-    Reports of two normal chests can differ, so they stay each other's negatives, and so do those of two
-    chests with devices alone: labels count only where a disease is among them (ours).
+    The same are those that know the same: what is unknown of one image alone may make its report another
+    (ours). Reports of two normal chests can differ, so they stay each other's negatives, and so do those of
+    two chests with devices alone: labels count only where a disease is among them (ours).
 
     Args:
-        present: (N, C) bool, the findings of each report's image. diseases: (C,) bool, which findings are.
+        present, absent: (N, C) bool, what is known of each report's image. diseases: (C,) bool, which are.
         text_ids, image_ids: (N,) int64, alike where two reports, or their images, are the same.
 
     Returns:
         (N, N) bool, True = report j is no negative of image i.
     """
-    ill = present & (present & diseases).any(1, keepdim=True)
-    fits = label_mask(ill, ill, "equal") | (image_ids[:, None] == image_ids)
+    known = torch.cat([present, absent], dim=1) & (present & diseases).any(1, keepdim=True)
+    fits = label_mask(known, known, "equal") | (image_ids[:, None] == image_ids)
     equal_texts = (text_ids[:, None] == text_ids).float()
     return fits.float() @ equal_texts > 0
 

@@ -224,9 +224,10 @@ def test_images_with_the_same_finding_do_not_push_each_others_prompts():
 
 def test_reports_of_equal_words_of_one_image_or_of_equal_diseases_are_no_negatives():
     present = findings("edema", "edema", "pneumonia", "effusion", "effusion pneumonia", "effusion")
+    absent = ~present
     diseases = torch.tensor([True, False, True])  # effusion stands for a device
     words, image = torch.tensor([0, 1, 1, 2, 3, 4]), torch.tensor([0, 1, 2, 3, 4, 0])
-    ours = report_mask(present, diseases, words, image)
+    ours = report_mask(present, absent, diseases, words, image)
     wanted = torch.zeros(6, 6, dtype=torch.bool)
     for i in range(6):
         for j in range(6):
@@ -234,6 +235,13 @@ def test_reports_of_equal_words_of_one_image_or_of_equal_diseases_are_no_negativ
                     for k in range(6) if words[k] == words[j]]  # fmt: skip
             wanted[i, j] = any(fits)
     assert torch.equal(ours, wanted) and ours[0, 2] and not ours[3, 5]
+
+
+def test_a_finding_that_is_unknown_of_one_image_alone_keeps_its_report_a_negative():
+    present, absent = findings("edema", "edema", "edema"), findings("pneumonia", "pneumonia", "")
+    every, one = torch.ones(3, dtype=torch.bool), torch.arange(3)
+    removed = report_mask(present, absent, every, one, one)
+    assert removed.int().tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
 
 
 def test_an_image_is_no_negative_of_a_prompt_unless_it_is_known_to_lack_the_finding():
