@@ -762,8 +762,9 @@ def transfer(encoded, scores):
     measures, present, known = {}, encoded.present, encoded.present | encoded.absent
     one_class = known.all() and (present.sum(1) == 1).all() and present.shape[1] > 1
 
-    def aurocs(right, *labels):
-        return [mean_auroc(right[..., t], *labels) for t in range(right.shape[-1])]
+    def aurocs(scores, *labels, counts=None):
+        each = (scores[..., t] for t in range(scores.shape[-1]))
+        return np.stack([mean_auroc(one, *labels, counts=counts) for one in each], axis=-1)
 
     for percent, each in scores.items():
         each = np.stack(each, axis=2)  # (N, C, draws)

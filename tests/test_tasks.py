@@ -338,6 +338,17 @@ def test_a_probe_takes_what_is_known_of_patients_that_are_not_evaluated(on_recor
     assert "no labelled record of the train split is left" in capsys.readouterr().err
 
 
+def test_aurocs_of_several_classifiers_are_counted_as_those_of_the_drawn_rows():
+    rng = np.random.default_rng(0)
+    encoded = hand_made(np.eye(12), "AABBABABBBAB", absent="BBAABABAAABA")
+    measure = evaluate.transfer(encoded, {1: list(rng.random((3, 12, 3)))})["1 % AUROC mean"]
+    counts = rng.multinomial(12, np.full(12, 1 / 12), size=5)
+    found = evaluate.of_draws(measure.metric, measure.arrays, counts)
+    rows = [np.arange(12).repeat(times) for times in counts]
+    assert np.allclose(found, [measure.metric(*(array[some] for array in measure.arrays)) for some in rows])
+    assert found.shape == (5, 3) and len(np.unique(found)) > 5
+
+
 def test_transfer_is_the_mean_over_the_training_draws_and_its_interval_draws_them():
     scores = [np.eye(3), np.roll(np.eye(3), 1, axis=1)]  # all right, all wrong
     accuracy = evaluate.transfer(hand_made(np.eye(3), "ABC"), {1: scores})["1 % accuracy"]
