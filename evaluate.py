@@ -5,6 +5,7 @@
     python evaluate.py --task linear-probe prompt-sensitivity prompt-words
     python evaluate.py --compare runs/umcl runs/umcl-label-mask-none
     python evaluate.py --images chest.png FOLDER --out scores.csv   scores of your own images
+    python evaluate.py --curves runs/umcl --out curves.png          losses and validation scores as a picture
     python evaluate.py --task zero-shot --data covid-radiography=FOLDER \\
         --classes COVID-19 "No Finding"                     these two against each other
 
@@ -1506,21 +1507,21 @@ def draw_curves(runs, path, side=300, columns=3):
     save_picture(picture, path)
 
 
-def forest_plot(rows, path, side=260):
-    """Draws values with their intervals, a row a group and a panel a metric, on a line at 0.
+def forest_plot(rows, path, side=260, columns=3):
+    """Draws values with their intervals, a row a group and a panel a metric, red where one leaves out 0.
 
     rows: [(label, {metric: (value, low, high)}), ...]; a metric that a row lacks stays empty.
     """
     panels = list(dict.fromkeys(metric for _, values in rows for metric in values))
     name = max([80, *(round(FONT.getlength(label)) + 1 for label, _ in rows)]) + 16
-    width, height, top = side + 40, 40, 34
-    picture = Image.new("RGB", (name + len(panels) * width, top + len(rows) * height + 34), "white")
+    width, height, title = side + 40, 40, 34
+    band = title + len(rows) * height + 34
+    bands = math.ceil(len(panels) / columns)
+    picture = Image.new("RGB", (name + min(columns, len(panels)) * width, bands * band), "white")
     draw = ImageDraw.Draw(picture)
-    bottom = top + len(rows) * height
-    for row, (label, _) in enumerate(rows):
-        draw.text((8, top + (row + 0.6) * height), label, "black", FONT, "lm")
     for i, metric in enumerate(panels):
-        left = name + i * width
+        left, top = name + i % columns * width, title + i // columns * band
+        bottom = top + len(rows) * height
         ends = [0, *(end for _, values in rows for end in values.get(metric, ()))]
         low, high = min(ends), max(ends)
         margin = (high - low) * 0.05 or 0.5
@@ -1535,17 +1536,21 @@ def forest_plot(rows, path, side=260):
             draw.line((across(value), bottom, across(value), bottom + 4), "grey")
             draw.text((across(value), bottom + 7), f"{value:+.3g}" if value else "0", "black", FONT, "ma")
         draw.line((across(0), top, across(0), bottom), "grey", 2)
-        for row, (_, values) in enumerate(rows):
+        for row, (label, values) in enumerate(rows):
+            if i % columns == 0:
+                draw.text((8, top + (row + 0.6) * height), label, "black", FONT, "lm")
             if metric in values:
                 value, begin, end = map(float, values[metric])
                 y = top + (row + 0.65) * height
-                colour = COLOURS[0] if begin <= 0 <= end else COLOURS[1]  # 1: the interval leaves 0 out
+                colour = COLOURS[0] if begin <= 0 <= end else COLOURS[1]
                 draw.line((across(begin), y, across(end), y), colour, 2)
                 for each in (begin, end):
                     draw.line((across(each), y - 4, across(each), y + 4), colour, 2)
                 draw.ellipse((across(value) - 4, y - 4, across(value) + 4, y + 4), colour)
                 middle = min(max(across(value), left + 26), left + side - 26)
-                draw.text((middle, y - 8), f"{value:+.3f}", "black", FONT, "ms")
+                draw.text(
+                    (middle, y - 8), f"{value:+.3f}", "black", FONT, "ms", stroke_width=2, stroke_fill="white"
+                )
     save_picture(picture, path)
 
 
@@ -1651,6 +1656,7 @@ def build_parser():
     p.add_argument("--compare", nargs="+", metavar="RUN", help="several, side by side on the same records")
     p.add_argument("--images", nargs="+", metavar="FILE", type=data.text,
                    help="scores of your own images, or of all below folders, in place of the tasks")
+    p.add_argument("--plot", metavar="FILE.png", help="draw the differences of --compare to its first group")
     p.add_argument("--curves", nargs="+", metavar="RUN",
                    help="draw losses and validation scores into --out FILE.png, in place of the tasks")
     p.add_argument("--data", nargs="+", metavar="NAME[=ROOT]", help="default: what the run was trained on")
@@ -1674,7 +1680,7 @@ def build_parser():
     p.add_argument("--repeats", type=positive, default=5, help="draws of patients for each of them but 100")
     p.add_argument("--out", metavar="FILE",
                    help="results, default RUN/results.json; or FILE.csv: of --images the "
-                   "scores, of --task zero-shot alone each image's scores and labels")
+                   "scores, of --task zero-shot alone scores and labels, of --compare all metrics")
     p.add_argument("--all-metrics", action="store_true", help="print all rows, not the main ones alone")
     p.add_argument("--heatmap", metavar="FILE.png", help="draw the scores of the cells of --images over them")
     p.add_argument("--gallery", metavar="FILE.png", help="draw images and the reports that they retrieve")
@@ -1694,28 +1700,23 @@ def parse_args(argv=None):
                 parser.error(f"--{mode} does not go with --{name.replace('_', '-')}")
     if args.compare and (args.checkpoint or args.gallery):
         parser.error("--compare does not go with --checkpoint or --gallery")
-    if args.heatmap and not args.images:
-        parser.error("--heatmap needs --images")
+    for option, needed in (("heatmap", "images"), ("plot", "compare")):
+        if getattr(args, option) and not getattr(args, needed):
+            parser.error(f"--{option} needs --{needed}")
     if args.curves and not args.out:
         parser.error("--curves needs --out FILE.png")
-    results = (
-        (".png",)
-        if args.curves
-        else (".csv",)
-        if args.images
-        else (".json", ".csv")
-        if scores_alone(args)
-        else (".json",)
-    )
-    for file, endings in ((args.out, results), (args.gallery, (".png",)), (args.heatmap, (".png",))):
+    table = args.compare or args.task == ["zero-shot"]
+    results = (".json", ".csv") if table else (".json",)
+    results = (".png",) if args.curves else (".csv",) if args.images else results
+    for file, endings in (
+        (args.out, results),
+        (args.gallery, (".png",)),
+        (args.heatmap, (".png",)),
+        (args.plot, (".png",)),
+    ):
         if file and not file.lower().endswith(endings):
             parser.error(f"{file}: the name of this file has to end in {' or '.join(endings)}")
     return args
-
-
-def scores_alone(args):
-    """Whether the results of a command can be a table of each image's scores."""
-    return args.task == ["zero-shot"] and not args.compare
 
 
 def load_split(args, run, specs, split):
@@ -1824,21 +1825,29 @@ def mean_over_seeds(values):
     return f"{np.mean(values):.3f}" + (f" ± {half_width(values):.3f}" if len(values) > 1 else "")
 
 
-def seeds_compared(first, group):
-    """The second group's values less the first's, {seed: Measure} each, by runs of the same seed -> str.
+def seeds_difference(first, group):
+    """The second group's values less the first's, {seed: Measure} each, by runs of the same seed.
+
+    -> (value, low, high), None without a seed that both have
 
     All seeds have the same test patients, so these are drawn once for all; of several seeds, the widths over
     patients and over seeds add up as those of independent errors.
     """
     pairs = [(first[seed], group[seed]) for seed in group if seed in first]
     if not pairs:
-        return ""
+        return None
     values = [other.value - one.value for one, other in pairs]
     value, low, high = difference(pairs)
     if len(pairs) > 1:
         half = half_width(values)
         low, high = value - math.hypot(value - low, half), value + math.hypot(high - value, half)
-    return f"{value:+.3f} ({low:+.3f} to {high:+.3f})"
+    return value, low, high
+
+
+def differing(flags):
+    """Options in which groups or runs differ, of {option: value} of each -> names."""
+    names = dict.fromkeys(name for each in flags for name in each)
+    return [name for name in names if any(each.get(name) != flags[0].get(name) for each in flags)]
 
 
 def print_comparison(paths, runs, results, all_metrics):
@@ -1846,16 +1855,17 @@ def print_comparison(paths, runs, results, all_metrics):
 
     all_metrics: list the value of each seed, too, and where 95 % of further seeds should lie.
     results: [{task: {metric: Measure}} of each run]
+
+    -> the differences as forest_plot draws them
     """
     groups = groups_by_flags(runs)
     print()
     for i, group in enumerate(groups, 1):
         print(f"{i}: {', '.join(str(paths[run]) for run in group.values())}")
     flags = [settings(runs[min(group.values())]) for group in groups]
-    for name in dict.fromkeys(name for each in flags for name in each):
-        values = [each.get(name) for each in flags]
-        if any(value != values[0] for value in values):
-            print(f"  --{name.replace('_', '-')}: " + " | ".join(map(str, values)))
+    rows = [(f"{i}: {flags_told(flags[0], each)}", {}) for i, each in enumerate(flags[1:], 2)]
+    for name in differing(flags):
+        print(f"  --{name.replace('_', '-')}: " + " | ".join(str(each.get(name)) for each in flags))
     numbers = range(1, len(groups) + 1)
     lines = {"": [f"{i:>18}" for i in numbers] + [f"{f'{i} less 1':>28}" for i in numbers[1:]]}
     for task, measures in results[0].items():
@@ -1863,7 +1873,11 @@ def print_comparison(paths, runs, results, all_metrics):
             if all(metric in each.get(task, ()) for each in results):
                 of = [{seed: results[i][task][metric] for seed, i in group.items()} for group in groups]
                 cells = [f"{mean_over_seeds([each.value for each in group.values()]):>18}" for group in of]
-                cells += [f"{seeds_compared(of[0], group):>28}" for group in of[1:]]
+                for group, (_, differences) in zip(of[1:], rows, strict=True):
+                    found = seeds_difference(of[0], group)
+                    cells.append(f"{'{:+.3f} ({:+.3f} to {:+.3f})'.format(*found) if found else '':>28}")
+                    if found:
+                        differences[f"{task} {metric}"] = found
                 lines[f"{task}  {metric}"] = cells
                 for number, values in enumerate(of if all_metrics else [], 1):
                     told = [f"seed {seed} {values[seed].value:.3f}" for seed in sorted(values)]
@@ -1881,6 +1895,28 @@ def print_comparison(paths, runs, results, all_metrics):
         print("one seed each: the interval is over test patients alone; other seeds may differ by more")
     if any(number > 1 for number in shared):
         print("several seeds each: the interval of a difference is over seeds and test patients")
+    return rows
+
+
+def flags_told(first, flags):
+    """What another group has that the first has not, {option: value} each -> str."""
+    names = [name for name in differing([first, flags]) if name != "commit"]
+    told = [f"--{name.replace('_', '-')} {flags.get(name)}" for name in names]
+    return ending(", ".join(told) or "another commit or checkpoint", 60)
+
+
+def write_comparison(path, paths, runs, entries):
+    """Writes a row a run and metric. entries: [{task: entry of results.json} of each run]"""
+    names = [name for name in differing([settings(run) for run in runs]) if name != "commit"]
+    rows = [
+        [file, task, metric, *(found[key] for key in ("value", "low", "high")), run.args.seed]
+        + [settings(run).get(name, "") for name in names]
+        + [settings(run).get("commit", "")]
+        for file, run, of_run in zip(paths, runs, entries, strict=True)
+        for task, entry in of_run.items()
+        for metric, found in entry["metrics"].items()
+    ]
+    write_csv(path, ["run", *"task metric value low high seed".split(), *names, "commit"], rows)
 
 
 def note_seen_patients(path, records):
@@ -1894,7 +1930,10 @@ def note_seen_patients(path, records):
 
 
 def evaluate_run(args, path, out, run, records, chosen):
-    """All tasks for one run; each is written, and printed, once it is done -> Encoded, {task: Measures}."""
+    """All tasks for one run; each is written, and printed, once it is done.
+
+    -> Encoded, {task: Measures}, {task: entry of results.json}
+    """
     data.check_images(records, run.args.image_size, run.args.channels)
     limit = f", first {args.limit}" if args.limit else ""
     print(f"{path}, {chosen} of {', '.join(args.data)}{limit}, {len(records)} images")
@@ -1902,7 +1941,7 @@ def evaluate_run(args, path, out, run, records, chosen):
     if args.ids and data.ids_sha256(data.read_ids(args.ids)) not in run.args.held_out:
         data.note(f"{path} did not hold out the patients of {args.ids}; it may have seen these images")
     note_untrained(run, args.classes or data.vocabulary(records))
-    encoded, results = encode(run, records), {}
+    encoded, results, written = encode(run, records), {}, {}
 
     @functools.cache
     def others(split, *specs):
@@ -1922,6 +1961,7 @@ def evaluate_run(args, path, out, run, records, chosen):
             continue
         told = {name: value for name, value in options.items() if value is not None and not callable(value)}
         name, entry = result_of(task, args, run, encoded, path, chosen, results[task], told)
+        written[task] = entry
         entries = read_results(out) | {name: entry}
         with data.replacing(out) as file:
             file.write(json.dumps(entries, indent=1) + "\n")
@@ -1931,7 +1971,7 @@ def evaluate_run(args, path, out, run, records, chosen):
                 print_confusion(entry["metrics"].get("balanced accuracy", {}).get("confusion", {}))
     if not results:
         raise BadInput(f"the {chosen} has nothing for any of the tasks")
-    return encoded, results
+    return encoded, results, written
 
 
 def write_scores(path, run, encoded, args):
@@ -2049,6 +2089,8 @@ def evaluate(args):
     for out in outs:
         read_results(out)  # what is no file of results is refused before anything is computed
     runs = load_runs(paths, args)
+    if args.plot and len(groups_by_flags(runs)) == 1:
+        raise BadInput("--plot draws differences between groups, and these runs differ in the seed alone")
     args.data = args.data or runs[0].args.data
     if args.ids:
         found = data.read_records(args.data, "all", section=runs[0].args.section)
@@ -2062,17 +2104,22 @@ def evaluate(args):
     if (args.prompt_set or "").endswith(".json"):
         named = read_prompts(args.prompt_set, None)[0]
     args.classes = args.classes or [name for name in data.vocabulary(records) if name in named] or None
-    results = []
+    results, entries = [], []
     for path, out, run in zip(paths, outs, runs, strict=True):
-        encoded, measures = evaluate_run(args, path, out, run, records, chosen)
+        encoded, measures, written = evaluate_run(args, path, out, run, records, chosen)
         results.append(measures)
+        entries.append(written)
     if args.compare:
-        print_comparison(paths, runs, results, args.all_metrics)
+        differences = print_comparison(paths, runs, results, args.all_metrics)
+        if args.plot:
+            forest_plot(differences, args.plot)
+        if table:
+            write_comparison(table, paths, runs, entries)
+    elif table:
+        write_scores(table, runs[0], encoded, args)
     if args.gallery:
         gallery(encoded, args.gallery)
-    if table:
-        write_scores(table, runs[0], encoded, args)
-    files = dict.fromkeys(str(file) for file in [*outs, table, args.gallery] if file)
+    files = dict.fromkeys(str(file) for file in [*outs, table, args.plot, args.gallery] if file)
     print(f"\nwritten: {', '.join(files)}")
 
 

@@ -52,6 +52,12 @@ def frugal():
         yield
 
 
+@pytest.fixture(autouse=True)
+def notes_anew():
+    """A note that an earlier test has caused is said again."""
+    data.note.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
     """Folder of a finished run; nobody writes into it."""

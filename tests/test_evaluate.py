@@ -782,11 +782,11 @@ def test_the_interval_over_seeds_has_what_all_of_them_share_the_test_patients():
     """Here all seeds differ by the same in each patient, so seeds alone would give no width."""
     one, other = np.random.default_rng(0).random((2, 50))
     first, group = ({seed: Measure(np.mean, (each,)) for seed in range(3)} for each in (one, other))
-    alone = evaluate.seeds_compared({0: first[0]}, {0: group[0]})
-    assert evaluate.seeds_compared(first, group) == alone
+    alone = evaluate.seeds_difference({0: first[0]}, {0: group[0]})
+    assert evaluate.seeds_difference(first, group) == pytest.approx(alone)
     low, high = bootstrap_ci(np.mean, other - one)
-    assert alone == f"{(other - one).mean():+.3f} ({low:+.3f} to {high:+.3f})"
-    assert evaluate.seeds_compared(first, {7: group[0]}) == ""
+    assert alone == pytest.approx(((other - one).mean(), low, high))
+    assert evaluate.seeds_difference(first, {7: group[0]}) is None
 
 
 @pytest.mark.parametrize(

@@ -319,3 +319,56 @@ def test_one_path_is_one_image(run, folder, kind):
         evaluate.encode_images(run, images) for images in (kind(folder / "a.png"), [folder / "a.png"])
     )
     assert np.array_equal(one, listed) and len(one) == 1
+
+
+# ------------------------------------------------------------------------------------------------- comparison
+
+
+@pytest.fixture(scope="module")
+def two_runs(tiny_run, tmp_path_factory):
+    """Two runs that differ in a flag, and a third that differs from the first in the seed alone."""
+    folders = [tmp_path_factory.mktemp("compared") / name for name in ("first", "other", "seed")]
+    for i, folder in enumerate(folders):
+        folder.mkdir()
+        saved = torch.load(tiny_run / "best.pt", weights_only=True)
+        saved["args"] |= ({}, {"label_mask": "none"}, {"seed": 5})[i]
+        saved["model"]["image_projection.weight"] += i * torch.eye(16, 32)
+        torch.save(saved, folder / "best.pt")
+    return [str(folder) for folder in folders]
+
+
+COMPARED = ["--task", "zero-shot", "--limit", "20"]
+
+
+def test_a_comparison_is_a_table_of_all_runs_and_metrics_and_a_picture_of_the_differences(two_runs, tmp_path):
+    files = ["--out", str(tmp_path / "c.csv"), "--plot", str(tmp_path / "f.png")]
+    drawn, forest_plot = [], evaluate.forest_plot
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "forest_plot", lambda *all: (drawn.append(all[0]), forest_plot(*all)))
+        assert evaluate.main(["--compare", *two_runs, *COMPARED, *files]) == 0
+    rows = table(tmp_path / "c.csv")
+    of = {}
+    for row in rows:
+        of.setdefault(row["run"].split("/")[-2], {})[row["metric"]] = row
+    assert list(of) == ["first", "other", "seed"] and len(of["first"]) == len(of["other"]) > 5
+    assert [of[name]["accuracy"]["label_mask"] for name in of] == ["both", "none", "both"]
+    assert [of[name]["accuracy"]["seed"] for name in of] == ["0", "0", "5"]
+    assert all(row["task"] == "zero-shot" and row["commit"] and row["low"] <= row["high"] for row in rows)
+    ((label, differences),) = drawn[0]
+    assert "--label-mask none" in label and Image.open(tmp_path / "f.png").width > 300
+    values = [float(of[name]["accuracy"]["value"]) for name in ("other", "first")]
+    value, low, high = differences["zero-shot accuracy"]
+    assert low <= value <= high and value == pytest.approx(values[0] - values[1])
+
+
+def test_runs_that_differ_in_the_seed_alone_have_no_difference_to_draw(two_runs, tmp_path, capsys):
+    flags = ["--compare", two_runs[0], two_runs[2], *COMPARED, "--plot", str(tmp_path / "f.png")]
+    assert evaluate.main(flags) == 2
+    assert "differ in the seed alone" in refusal(capsys) and not (tmp_path / "f.png").exists()
+
+
+@pytest.mark.parametrize("flags", ["--plot x.png", "--compare a b --plot x.pdf", "--compare a b --out x.png"])
+def test_a_plot_needs_a_comparison_and_files_their_endings(flags, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(flags.split())
+    assert len(capsys.readouterr().err.splitlines()) == 1
