@@ -309,11 +309,11 @@ def wilson(value, n, z=1.96):
 def score_interval(parts, patients):
     """95 % interval of the mean of Parts, whose rows are of these patients, (N,) int -> (low, high).
 
-    Each part's is Wilson's, of as many trials as have its variance; errors of a patient are summed first. A
-    patient of the rows that limit a part counts as three trials at most, since a few positives may happen to
-    show hardly any variance (ours; with 5 positives and one trial each for 0 and 1, 0.90 to 0.98 are covered,
-    by a bootstrap 0.64 to 0.84). The distances between values and bounds add up as the errors are correlated
-    (Zou and Donner, 2008).
+    Each part's is Wilson's, of as many trials as have its variance; errors of a patient are summed first. Few
+    positives may show hardly any variance by chance, so a patient of the rows that limit a part counts as at
+    most three trials, and as one where there is no variance (ours; with 5 positives 0.90 to 0.98 are covered,
+    by a bootstrap 0.64 to 0.84). Distances from values to bounds add up as the errors are correlated (Zou and
+    Donner, 2008).
     """
     patient = np.unique(patients, return_inverse=True)[1]
     errors = np.stack([np.bincount(patient, part.errors) for part in parts])
@@ -328,7 +328,8 @@ def score_interval(parts, patients):
     np.fill_diagonal(correlation, 1)
     values = np.array([part.value for part in parts])
     below, above = (np.array(side) for side in zip(*bounds, strict=True))
-    down, up = (np.sqrt(each @ correlation @ each) / len(parts) for each in (values - below, above - values))
+    squares = (each @ correlation @ each for each in (values - below, above - values))
+    down, up = (np.sqrt(max(0, square)) / len(parts) for square in squares)  # rounding may make it negative
     return float(values.mean() - down), float(values.mean() + up)
 
 

@@ -364,6 +364,16 @@ def test_the_interval_of_one_share_is_wilsons():
     assert high == pytest.approx(1) and low == pytest.approx(20 / (20 + 1.96**2))
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_parts_that_err_against_each_other_have_an_interval_without_nan(seed):
+    """Each patient is right in one class and wrong in the other."""
+    right = np.random.default_rng(seed).random(21) < 0.5
+    true = np.arange(2).repeat(21)
+    predicted = np.where(np.r_[right, ~right], true, -1)
+    measure = Measure(balanced_accuracy, (predicted, true), patients=np.tile(np.arange(21), 2))
+    assert evaluate.interval(measure) == pytest.approx((0.5, 0.5), abs=0.05)  # of one class alone 0.2
+
+
 @pytest.mark.parametrize("positives", [1, 4, 5, 35, 36])
 def test_too_few_positives_or_negatives_have_no_interval(positives, capsys):
     labels = np.arange(40) < positives
