@@ -1,14 +1,17 @@
 """What the documents name is there: commands, flags, definitions, files; and the requirements."""
 
 import importlib
-import itertools
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from conftest import TINY
 from PIL import Image
 from transformers import BertConfig, BertModel
 
@@ -49,11 +52,6 @@ def python_blocks(document):
 
 def test_python_in_the_readme_runs(tiny_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "DATASETS", dict(data.DATASETS))  # a block adds one
-    for split, name, i in itertools.product(("train", "valid"), ("healthy", "ill"), range(6)):
-        image = tmp_path / "FOLDER" / split / name / f"{split}{name}{i}.png"
-        image.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (64, 64), 40 * i).save(image)
     shutil.copytree(tiny_run, tmp_path / "runs" / "umcl")
     Image.fromarray(data.phantom("64", "valid")[0].image).save(tmp_path / "chest.png")
     features = torch.nn.functional.normalize(torch.randn(6, 4), dim=1)
@@ -64,16 +62,47 @@ def test_python_in_the_readme_runs(tiny_run, tmp_path, monkeypatch, capsys):
     given |= {"input_ids": torch.ones(2, 5, dtype=torch.long), "attention_mask": torch.ones(2, 5)}
     for block in python_blocks("README.md"):
         exec(block, given)
-    assert list((tmp_path / "runs").glob("umcl-data-clinic*/best.pt"))
     assert given["loss"] > 0 and given["hidden"].shape == (2, 16)
     printed = capsys.readouterr().out
     assert given["run"].findings and all(finding in printed for finding in given["run"].findings)
 
 
+@pytest.mark.parametrize(("photometric", "left", "right"), [("MONOCHROME1", 255, 0), ("MONOCHROME2", 0, 255)])
+def test_the_recipe_for_dicom_files_writes_16_bits_and_knows_monochrome1(
+    tmp_path, monkeypatch, photometric, left, right
+):
+    """pydicom, which is the user's, is stood in for by a rescale slope and no window."""
+    pixels = SimpleNamespace(apply_modality_lut=lambda p, d: p * 2 - 1024, apply_voi_lut=lambda p, d: p)
+    monkeypatch.setitem(sys.modules, "pydicom", SimpleNamespace(pixels=pixels))
+    monkeypatch.setitem(sys.modules, "pydicom.pixels", pixels)
+    given = {}
+    exec(next(block for block in python_blocks("README.md") if "pydicom" in block), given)
+    ramp = np.tile(np.linspace(0, 4095, 64).astype(np.int32), (8, 1))
+    dicom = SimpleNamespace(pixel_array=ramp, PhotometricInterpretation=photometric)
+    given["to_png"](dicom, tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.mode.startswith("I")
+    read = np.asarray(data.read_image(tmp_path / "x.png"))
+    assert read[0, 0] == left and read[0, -1] == right
+
+
+def test_another_data_set_of_reproduce_is_trained_and_evaluated(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "DATASETS", dict(data.DATASETS))
+    exec(python_blocks("REPRODUCE.md")[1], {"__name__": "clinic"})
+    for split in data.SPLITS:
+        (tmp_path / "FOLDER" / split).mkdir(parents=True)
+        for i, record in enumerate(data.phantom("16", split, 12)):
+            Image.fromarray(record.image).save(tmp_path / "FOLDER" / split / f"{split}{i}.png")
+            (tmp_path / "FOLDER" / split / f"{split}{i}.txt").write_text(record.report or "Nothing new.")
+    assert train.main([*TINY[2:], "--data", "clinic=FOLDER", "--out", "runs/clinic"]) == 0
+    assert evaluate.main(["--task", "retrieval"]) == 0
+
+
 def test_mask_and_loss_are_those_of_the_plain_python_in_reproduce():
     """200 random batches, some with images that have no text of their own."""
-    (block,), plain = python_blocks("REPRODUCE.md"), {}
-    exec(block, plain)
+    plain = {}
+    exec(python_blocks("REPRODUCE.md")[0], plain)
     generator = torch.Generator().manual_seed(0)
     for batch in range(200):
         n, more = 1 + batch % 7, batch % 3
@@ -97,7 +126,7 @@ def test_readme_shows_how_to_use_each_script():
 
 @pytest.mark.parametrize(
     ("document", "section", "names"),
-    [("README.md", "## Data\n", data.DATASETS), ("REPRODUCE.md", "### Evaluation sets", data.PROTOCOLS)],
+    [("README.md", "## Data\n", data.DATASETS), ("REPRODUCE.md", "## Evaluation sets\n", data.PROTOCOLS)],
 )
 def test_tables_list_every_data_set_and_protocol(document, section, names):
     text = read(document).partition(section)[2].partition("\n## ")[0].partition("\n### ")[0]
