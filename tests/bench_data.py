@@ -15,12 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
-from umcl import label_mask
+from umcl import prompt_mask, report_mask
 
 IMAGES, ROUNDS, SIDE = 16, 7, 224
 
@@ -37,11 +36,12 @@ def masked_pairs(records, batch_size, batches=1000):
     for _ in range(batches):
         rows = torch.randint(len(records), (batch_size,))
         labelled = rows[present[rows].any(1)]
-        ill = labelled[(present[labelled] & disease).any(1)]
-        drawn = F.one_hot(torch.multinomial(present[labelled].float(), 1)[:, 0], len(findings)).bool()
-        reports = label_mask(present[ill], present[ill], "equal").sum().item() - len(ill)
-        fits = label_mask(~absent[labelled], drawn, "subset")
-        n, prompts = len(labelled), fits.sum().item() - len(labelled)
+        n = len(labelled)
+        drawn = torch.multinomial(present[labelled].float(), 1)[:, 0]
+        every = torch.arange(n)  # no two reports, and no two images, are the same
+        same = report_mask(present[labelled], absent[labelled], disease, every, every)
+        reports, fits = same.sum().item() - n, prompt_mask(absent[labelled], drawn)
+        prompts = fits.sum().item() - n
         found.append([reports / 2, prompts, 1 - prompts / (n * (n - 1)), fits.all(1).float().mean().item()])
     return np.mean(found, axis=0)
 
