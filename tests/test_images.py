@@ -347,6 +347,7 @@ def test_missing_images_are_counted_and_the_first_is_named(tmp_path):
 # ----------------------------------------------------------------------------------------- loading processes
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than this machine's cores
 def test_too_little_shared_memory_is_refused_before_loading_by_its_name_and_the_way_out(monkeypatch):
     free = SimpleNamespace(free=64 * 2**20)  # as Docker gives
     monkeypatch.setattr(data.shutil, "disk_usage", {"/dev/shm": free}.get)
