@@ -43,7 +43,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # before torch is imported; se
 
 import numpy as np
 import torch
-import transformers  # its classes load on first use
 from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -1014,7 +1013,7 @@ class Run(NamedTuple):
     """A model and what it needs to be used: all of it is in the checkpoint."""
 
     model: UMCL
-    tokenizer: "transformers.PreTrainedTokenizerFast"
+    tokenizer: object  # a PreTrainedTokenizerFast of transformers
     findings: list
     args: argparse.Namespace
 
@@ -1039,10 +1038,10 @@ class Run(NamedTuple):
 
 def wrap_tokenizer(tokenizer_json):
     """A tokenizer as the checkpoint holds it -> transformers tokenizer."""
+    from transformers import PreTrainedTokenizerFast  # a second to import, for which --help need not wait
+
     special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(tokenizer_json), **special
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer_json), **special)
 
 
 def build_image_encoder(args):
@@ -1145,6 +1144,8 @@ def checked_options(options, findings):
 
 def run_from_checkpoint(state, device):
     """What read_checkpoint gives -> Run in evaluation mode."""
+    from transformers import BertConfig, BertModel
+
     with refusing(state["path"]):
         args = checked_options(state["args"], state["findings"])
         fields = json.loads(state["bert"])
@@ -1153,8 +1154,8 @@ def run_from_checkpoint(state, device):
             raise ValueError("a tower has more layers than there are weights")
         if args.image_size > data.SIDE:
             raise ValueError(f"its images have {args.image_size} pixels a side")
-        config = transformers.BertConfig(**fields, attn_implementation="sdpa")
-        bert = transformers.BertModel(config, add_pooling_layer=False)
+        config = BertConfig(**fields, attn_implementation="sdpa")
+        bert = BertModel(config, add_pooling_layer=False)
         model = build_model(args, bert, len(state["model"].get("prompt.context", ())))
         model.load_state_dict(state["model"])
         tokenizer = wrap_tokenizer(state["tokenizer"])

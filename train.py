@@ -41,7 +41,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # before torch is imported; se
 
 import torch
 import torch.distributed as dist
-import transformers
 from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors.torch import load_file
 from tokenizers import BertWordPieceTokenizer, Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -60,7 +59,7 @@ from umcl import (
     load_swin_weights,
     prompt_mask,
     report_mask,
-)  # fmt: skip
+)
 
 SMALL_BERT = "small"  # --text-model: a BERT trained from scratch, with a vocabulary of its own
 TIMEOUT = timedelta(hours=2)  # of a silent process; long, since the others wait while the first validates
@@ -464,6 +463,12 @@ def load_text_model(name):
 
     Refuses one that is no BERT or lacks weights, or whose tokenizer is another model's. Runs no code of its.
     """
+    from transformers import (  # a second, see evaluate.wrap_tokenizer
+        AutoTokenizer,
+        BertModel,
+        PretrainedConfig,
+    )
+
     try:
         if os.path.lexists(name) and not Path(name).is_dir():
             raise ValueError("it is no folder")
@@ -471,12 +476,12 @@ def load_text_model(name):
         if not local:
             HfApi().model_info(name, timeout=3)  # from_pretrained would try for a minute
         options = {"local_files_only": local, "trust_remote_code": False}
-        kind = transformers.PretrainedConfig.get_config_dict(name, **options)[0].get("model_type")
+        kind = PretrainedConfig.get_config_dict(name, **options)[0].get("model_type")
         if kind != "bert":  # RoBERTa's weights have the same names, but its positions begin at 2
             raise ValueError(f'its config.json says model_type {json.dumps(kind)}, and "bert" is needed')
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
         options |= {"add_pooling_layer": False, "attn_implementation": "sdpa"}
-        bert, info = transformers.BertModel.from_pretrained(name, output_loading_info=True, **options)
+        bert, info = BertModel.from_pretrained(name, output_loading_info=True, **options)
         bert.float()
         if info["missing_keys"]:
             raise ValueError(f"it lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}")
@@ -495,11 +500,13 @@ def load_text_model(name):
 
 def small_text_model(args, texts):
     """A BERT to train from scratch, with a vocabulary learned from texts -> (BertModel, tokenizer)."""
+    from transformers import BertConfig, BertModel
+
     tokenizer = wrap_tokenizer(learn_tokenizer(texts).to_str())
     sizes = dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512)
     sizes |= {"vocab_size": len(tokenizer), "max_position_embeddings": args.max_length + args.prompt_length}
-    config = transformers.BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    return transformers.BertModel(config, add_pooling_layer=False), tokenizer
+    config = BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return BertModel(config, add_pooling_layer=False), tokenizer
 
 
 def load_image_weights(swin, file):

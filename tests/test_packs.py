@@ -298,3 +298,9 @@ def test_images_smaller_than_what_the_model_takes_are_noted(whole, capsys):
 
 
 # ------------------------------------------------------------------------------------------ packs in training
+
+
+def test_phantoms_are_looked_through_for_no_copies(capsys, monkeypatch):
+    monkeypatch.setattr(data, "copied_pairs", lambda one, other, workers: [(r, r) for r in one])
+    assert data.main(["summary", "--data", "phantom=16"]) == 0
+    assert "0 pairs" in capsys.readouterr().out
