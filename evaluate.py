@@ -1383,7 +1383,8 @@ def gallery(encoded, path, rows=4, columns=3, side=224):
         nearest = [near for near in nearest if first.setdefault(text_of[near], near) == near]
         for rank, near in enumerate(nearest[:columns], 1):
             match, left = (labels[near] == labels[query]).all() and labels[query].any(), rank * width
-            lines = [f"{rank}. {'match' if match else 'no match'}{', its own report' * bool(near == query)}"]
+            own = ", its own report" if near == query else ""
+            lines = [f"{rank}. {'match' if match else 'no match'}{own}"]
             text = f"[{', '.join(sorted(data.present(records[near])))}] {records[near].report}"
             lines += textwrap.wrap(text, 30)[:12]
             frame = left, top, left + side, top + title + side
@@ -1428,9 +1429,7 @@ def heatmaps(classes, found, path, side=224):
     scale = np.linspace(-HEAT, HEAT, 2 * side)[None].repeat(14, 0)
     picture.paste(Image.fromarray(heated(np.full((*scale.shape, 3), 128), scale)), (24, picture.height - 40))
     for i, value in enumerate((-HEAT, 0, HEAT)):
-        draw.text(
-            (24 + i * side, picture.height - 22), f"{value:+g}" * bool(value) or "0", "black", FONT, "ma"
-        )
+        draw.text((24 + i * side, picture.height - 22), f"{value:+g}" if value else "0", "black", FONT, "ma")
     save_picture(picture, path)
 
 
@@ -1763,7 +1762,8 @@ def result_of(task, args, run, encoded, checkpoint, chosen, measures, options):
         entry["prompts"] = read_prompts(options["prompt_set"], classes)
         entry["not trained"] = [each for each in classes if each not in run.findings]
     parts = [task, str(checkpoint), f"{chosen} of {', '.join(args.data)}"]
-    parts += [f"first {args.limit}"] * bool(args.limit) + [f"{k} {v}" for k, v in options.items()]
+    parts += [f"first {args.limit}"] if args.limit else []
+    parts += [f"{k} {v}" for k, v in options.items()]
     return ", ".join(parts), entry
 
 

@@ -1029,7 +1029,8 @@ def train_in(args, device, log):
     refuse_other_work(args, progress.records)
     print_once(f"{len(valid):,} images to validate, {len(run.findings)} findings")
     run.model.train()
-    model = DistributedDataParallel(run.model) if processes() > 1 else run.model
+    options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}  # tables alike; a copy less
+    model = DistributedDataParallel(run.model, **options) if processes() > 1 else run.model
     per_epoch = steps_per_epoch(args.batch_size, records)
     steps, done, stop = args.epochs * per_epoch, progress.step, 0
     if done == steps and progress.validated == args.epochs:

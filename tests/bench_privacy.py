@@ -20,7 +20,7 @@ def pairs(run, records):
     """Cosine of each image with its report, and its loss among these reports -> two (R,) float."""
     encoded = evaluate.encode(run, records)
     images, reports = encoded.image_features[encoded.report_rows], encoded.report_features
-    scale = float(run.model.logit_scale())
+    scale = run.model.logit_scale().item()
     logits = scale * images @ reports.T
     cosine = (images * reports).sum(1)
     loss = np.logaddexp.reduce(logits, axis=1) - scale * cosine
