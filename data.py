@@ -19,9 +19,8 @@ csv                your own table, or a pack       images and the columns that R
     python data.py pack --data chexpert=FOLDER --out PACK   shrinks all images; then --data csv=PACK
 
 A labeler gives each finding one of four states: present (1), absent (0), uncertain (-1), or not mentioned
-(blank). Readers keep all four. `settle` maps them to three: present, absent, unknown. By the default mask an
-image is no negative for the prompt of a finding that is unknown. "No Finding" is a finding, too; it rules
-out all others but "Support Devices".
+(blank). Readers keep all four. `settle` maps them to three: present, absent, unknown. "No Finding" is a
+finding, too; it rules out all others but "Support Devices".
 """
 
 import os
