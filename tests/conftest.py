@@ -3,6 +3,7 @@
 import itertools
 import json
 import multiprocessing
+import signal
 from functools import lru_cache
 
 import numpy as np
@@ -45,6 +46,7 @@ def refusal(capsys):
 
 @pytest.fixture(scope="session", autouse=True)
 def frugal():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
     torch.set_num_threads(1)  # for tensors this small threads only wait for each other
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
